@@ -1,0 +1,15 @@
+"""Deep networks trained by predictive coding."""
+__version__ = "0.1.0"
+
+from .network import *
+from .energy import *
+from .inference import *
+from .learning import *
+from .models import *
+from .data import *
+from .diagnostics import *
+from .training import *
+from .recipes import *
+
+from types import ModuleType as _Module
+__all__ = [name for name, value in list(globals().items()) if not (name.startswith("_") or isinstance(value, _Module))]

@@ -1,0 +1,749 @@
+"""The data sets: the form of `Dataset`, the files, what goes wrong with them, and augmentation. No test uses the network."""
+import errno
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import types
+import urllib.request
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import pcnb.data
+from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_idx, warp
+from pcnb.network import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs): raise socket.gaierror("the network is blocked in this test")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def idx_bytes(array):
+    "The IDX file of a uint8 array, by the description of the format: magic number 0x000008NN, then lengths, big-endian."
+    lengths = b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return (0x0800 + array.ndim).to_bytes(4, "big") + lengths + array.tobytes()
+
+
+def message(error):
+    "The text of a caught InputError, which must be short and without a chain of causes."
+    assert len(str(error.value).splitlines()) <= 2
+    assert error.value.__cause__ is None and (error.value.__context__ is None or error.value.__suppress_context__)
+    return str(error.value)
+
+
+class Tiny:
+    "A set in the form of MNIST, 12 + 5 images of 4 x 3, whose files lie in `root/tiny`."
+
+    def __init__(self, root, shape=(4, 3), labels=None):
+        rng = np.random.default_rng(0)
+        self.root, self.folder = root, root / "tiny"
+        self.images = {"train": rng.integers(0, 256, (12, *shape), np.uint8), "t10k": rng.integers(0, 256, (5, *shape), np.uint8)}
+        self.labels = {"train": np.arange(12, dtype=np.uint8) % 10, "t10k": np.arange(5, dtype=np.uint8)}
+        self.labels |= labels or {}
+        arrays = [self.images["train"], self.labels["train"], self.images["t10k"], self.labels["t10k"]]
+        self.bytes = {name: gzip.compress(idx_bytes(a), mtime=0) for name, a in zip(FILES, arrays)}
+        self.entry = replace(SETS["mnist"], name="tiny", shape=(4, 3, 1), n_train=12, n_test=5, url="http://sets.invalid/tiny/",
+            files={name: hashlib.sha256(raw).hexdigest() for name, raw in self.bytes.items()})
+        self.put()
+
+    def put(self):
+        self.folder.mkdir(exist_ok=True)
+        for name, raw in self.bytes.items(): (self.folder / name).write_bytes(raw)
+
+    def load(self): return load(self.entry, self.root)
+
+    def check(self, data):
+        assert (data.train_images == self.images["train"][..., None]).all() and (data.train_labels == self.labels["train"]).all()
+        assert (data.test_images == self.images["t10k"][..., None]).all() and (data.test_labels == self.labels["t10k"]).all()
+
+    def left(self): return sorted(p.name for p in self.folder.iterdir() if p.name not in FILES)
+
+
+@pytest.fixture
+def tiny(tmp_path): return Tiny(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory):
+    tiny = Tiny(tmp_path_factory.mktemp("once"))
+    tiny.load()
+    return tiny
+
+
+@pytest.fixture
+def prepared(prepared_once, tmp_path):
+    "A prepared set in a folder of this test's own, its four files deleted."
+    tiny = Tiny(tmp_path)
+    shutil.copytree(prepared_once.folder / "prepared", tiny.folder / "prepared")
+    for name in FILES: (tiny.folder / name).unlink()
+    return tiny
+
+
+# ---- Dataset
+
+def arrays(**changes):
+    rng = np.random.default_rng(1)
+    fields = dict(name="toy", train_images=rng.integers(0, 256, (9, 3, 2, 2), np.uint8), train_labels=np.arange(9) % 3,
+        test_images=rng.integers(0, 256, (4, 3, 2, 2), np.uint8), test_labels=np.arange(4) % 3, classes=("a", "b", "c"))
+    return fields | changes
+
+
+def with_value(value):
+    images = np.zeros((9, 3, 2, 2), np.float32)
+    images[5, 1, 0, 1] = value
+    return images
+
+
+BAD = {
+    "float64 images": (dict(train_images=np.zeros((9, 3, 2, 2))), ["train_images", "float64", "astype"]),
+    "int64 images": (dict(test_images=np.zeros((4, 3, 2, 2), int)), ["test_images", "int64", "astype"]),
+    "no channel axis": (dict(train_images=np.zeros((9, 3, 2), np.uint8)), ["train_images", "(9, 3, 2)", "channels"]),
+    "no images": (dict(test_images=np.zeros((0, 3, 2, 2), np.uint8), test_labels=np.zeros(0, int)), ["test_images", "(0, 3, 2, 2)", "at least 1"]),
+    "no pixels": (dict(train_images=np.zeros((9, 0, 2, 2), np.uint8)), ["train_images", "(9, 0, 2, 2)"]),
+    "other image shape": (dict(test_images=np.zeros((4, 2, 3, 2), np.uint8)), ["(3, 2, 2, 'uint8')", "(2, 3, 2, 'uint8')", "same"]),
+    "other image dtype": (dict(test_images=np.zeros((4, 3, 2, 2), np.float32)), ["uint8", "float32", "same"]),
+    "too few labels": (dict(train_labels=np.zeros(8, int)), ["train_labels", "9 and 8"]),
+    "NaN": (dict(train_images=with_value(np.nan)), ["train_images", "NaN", "index 5", "1 of 9"]),
+    "infinity": (dict(train_images=with_value(-np.inf)), ["train_images", "infinite", "index 5"]),
+    "label too large": (dict(train_labels=np.array([0, 1, 2, 3, 0, 1, 2, 0, 1])), ["train_labels", "hold 3", "index 3", "0 to 2"]),
+    "negative label": (dict(test_labels=np.array([0, 1, -1, 0])), ["test_labels", "hold -1", "index 2"]),
+    "huge label": (dict(test_labels=np.array([0, 1, 2**32, 0])), ["test_labels", "4294967296", "index 2"]),
+    "float labels": (dict(train_labels=np.zeros(9, np.float32)), ["train_labels", "float32", "integers"]),
+    "bool labels": (dict(train_labels=np.zeros(9, bool)), ["train_labels", "bool", "integers"]),
+    "one-hot labels": (dict(train_labels=np.eye(9, dtype=int)), ["train_labels", "(9, 9)", "argmax"]),
+    "classes a string": (dict(classes="abc"), ["classes", "abc"]),
+    "no classes": (dict(classes=()), ["classes", "()"]),
+}
+
+
+@pytest.mark.parametrize("changes, words", BAD.values(), ids=BAD)
+def test_bad_arrays_are_refused(changes, words):
+    with pytest.raises(InputError) as error: Dataset(**arrays(**changes))
+    text = message(error)
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint64])
+def test_labels_become_int32_and_nothing_else_changes(dtype):
+    fields = arrays(train_labels=(np.arange(9) % 3).astype(dtype))
+    data = Dataset(**fields)
+    assert data.train_labels.dtype == np.int32 and data.train_labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+    assert data.train_images is fields["train_images"] and data.image_shape == (3, 2, 2) and data.n_classes == 3 and data.source == {}
+
+
+def test_repr_is_one_short_line():
+    assert repr(Dataset(**arrays())) == "Dataset(toy: 9 train + 4 test, 3x2x2 uint8, 3 classes)"
+
+
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))))
+def test_moments_equal_the_sums_in_double_precision(images):
+    pixels = images.reshape(-1, images.shape[-1]) / 255
+    common = dict(name="toy", train_labels=np.zeros(len(images), int), test_labels=np.zeros(len(images), int), classes=("a",))
+    floats = (images / 255).astype(np.float32)
+    for x in (images, floats):
+        mean, std = Dataset(train_images=x, test_images=x, **common).moments()
+        assert mean.dtype == std.dtype == np.float32 and mean.shape == std.shape == (images.shape[-1],)
+        np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(std, pixels.std(0), rtol=1e-5, atol=1e-6)
+
+
+def numbered(n):
+    "A set whose example i has the pixel i and the label i, so that each can be recognised."
+    images = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
+    return Dataset("numbered", images, np.arange(n), images[:1], np.arange(1), tuple(map(str, range(n))), {"files": {}})
+
+
+@given(st.integers(2, 60).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total - 1))), st.integers(0, 2**32 - 1))
+def test_validation_parts_the_training_set(sizes, seed):
+    total, n = sizes
+    split, twin = numbered(total).validation(n, seed), numbered(total).validation(n, seed=seed)
+    held, kept = split.test_labels.tolist(), split.train_labels.tolist()
+    assert len(held) == n and sorted(held + kept) == list(range(total)) and kept == sorted(kept)
+    assert split.test_images.ravel().tolist() == held and split.train_images.ravel().tolist() == kept
+    assert held == twin.test_labels.tolist() and split.name == "numbered"
+    assert split.source == {"files": {}, "validation": {"n": n, "seed": seed}}
+
+
+def test_validation_draws_anew_for_each_seed():
+    draws = {tuple(numbered(50).validation(5, seed).test_labels.tolist()) for seed in range(20)}
+    assert len(draws) == 20 and len({i for draw in draws for i in draw}) > 30  # 100 draws of 50: 43 on average
+
+
+@pytest.mark.parametrize("n", [0, -1, 10, 2.0, True, "3"])
+def test_validation_and_take_refuse_a_bad_number(n):
+    with pytest.raises(InputError) as error: numbered(10).validation(n)
+    assert f"`n` (={n!r})" in message(error) and "from 1 to 9" in message(error)
+    with pytest.raises(InputError) as error: numbered(10).take(11 if n == 10 else n)
+    assert "`n`" in message(error) and "from 1 to 10" in message(error)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5])
+def test_validation_refuses_a_bad_seed(seed):
+    with pytest.raises(InputError, match="seed"): numbered(10).validation(2, seed)
+
+
+def test_take_keeps_the_first_examples():
+    data = numbered(10).take(4)
+    assert data.train_labels.tolist() == [0, 1, 2, 3] == data.train_images.ravel().tolist() and len(data.test_labels) == 1
+
+
+# ---- IDX files
+
+@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5)))
+def test_idx_round_trip(tmp_path_factory, array):
+    path = tmp_path_factory.getbasetemp() / "round.gz"
+    path.write_bytes(gzip.compress(idx_bytes(array)))
+    back = read_idx(path)
+    assert back.dtype == np.uint8 and back.shape == array.shape and (back == array).all()
+
+
+WHOLE = idx_bytes(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+NOT_IDX = {
+    "empty": b"", "only the magic number": WHOLE[:4], "header cut": WHOLE[:10], "one byte short": WHOLE[:-1], "one byte long": WHOLE + b"\0",
+    "floats": b"\0\0\x0d" + WHOLE[3:], "other magic": b"\0\1\x08" + WHOLE[3:], "no axes": b"\0\0\x08\0" + WHOLE[4:],
+    "vast lengths": WHOLE[:4] + b"\xff" * 12 + WHOLE[16:], "lengths whose product is 2**64": b"\0\0\x08\4" + b"\0\1\0\0" * 4, "web page": b"<html></html>",
+}
+
+
+@pytest.mark.parametrize("raw", NOT_IDX.values(), ids=NOT_IDX)
+def test_what_is_no_idx_file_is_refused(tmp_path, raw):
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(raw))
+    with pytest.raises(InputError) as error: read_idx(path)
+    assert str(path) in message(error)
+
+
+@given(st.data())
+def test_a_truncated_or_altered_gzip_file_is_never_read_as_another(tmp_path_factory, data):
+    path, packed = tmp_path_factory.getbasetemp() / "cut.gz", gzip.compress(WHOLE)
+    path.write_bytes(packed[:data.draw(st.integers(0, len(packed) - 1))])
+    with pytest.raises(InputError) as error: read_idx(path)
+    assert str(path) in message(error)
+
+
+def test_a_missing_file_and_a_file_without_gzip_are_refused(tmp_path):
+    (tmp_path / "plain").write_bytes(WHOLE)
+    for name in ("plain", "missing"):
+        with pytest.raises(InputError) as error: read_idx(tmp_path / name)
+        assert name in message(error)
+
+
+# ---- load: what works
+
+def test_load_gives_what_the_files_hold(tiny):
+    data = tiny.load()
+    tiny.check(data)
+    assert data.name == "tiny" and data.classes == tuple("0123456789") and tiny.left() == ["prepared"]
+    assert data.source["files"] == tiny.entry.files and data.source["verified"] is True
+    assert "tensorflow" not in sys.modules
+
+
+def test_records_are_a_tfds_data_set_in_the_order_of_the_files(prepared):
+    import tensorflow_datasets as tfds
+    builder = tfds.builder_from_directory(prepared.folder / "prepared/tfds/pcnb_images/1.0.0")
+    for part, stem in (("train", "train"), ("test", "t10k")):
+        rows = list(builder.as_data_source(part))
+        assert (np.stack([row["image"][..., 0] for row in rows]) == prepared.images[stem]).all()
+        assert [row["label"] for row in rows] == prepared.labels[stem].tolist()
+
+
+def test_prepared_set_needs_neither_files_nor_tfds(prepared, monkeypatch):
+    for name in [m for m in sys.modules if m.split(".")[0] == "tensorflow_datasets"]: monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.setitem(sys.modules, "array_record", None)
+    prepared.check(prepared.load())
+
+
+def test_prepared_set_in_a_folder_that_is_not_written(prepared, monkeypatch):
+    def refuse(*args, **kwargs): raise AssertionError("a load of a prepared set must write nothing")
+    for name in ("mkdir", "rename", "replace"): monkeypatch.setattr(os, name, refuse)
+    prepared.check(prepared.load())
+
+
+def serve(monkeypatch, answer):
+    "Let `urlopen` return what `answer(name of the file)` gives, and collect the addresses."
+    asked = []
+    def urlopen(url, timeout):
+        asked.append(url)
+        return io.BytesIO(answer(url.rsplit("/", 1)[1]))
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    return asked
+
+
+def test_missing_files_are_downloaded_once(tiny, monkeypatch):
+    for name in FILES[1:]: (tiny.folder / name).unlink()
+    asked = serve(monkeypatch, tiny.bytes.get)
+    tiny.check(tiny.load())
+    assert sorted(asked) == sorted("http://sets.invalid/tiny/" + name for name in FILES[1:])
+    assert all((tiny.folder / name).read_bytes() == tiny.bytes[name] for name in FILES)
+    tiny.load()
+    assert len(asked) == 3
+
+
+def test_data_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("PCNB_DATA", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_folder() == tmp_path / ".cache/pcnb"
+    monkeypatch.setenv("PCNB_DATA", "~/sets")
+    assert data_folder() == tmp_path / "sets"
+    assert data_folder(tmp_path / "mine") == tmp_path / "mine"
+
+
+def test_load_uses_the_data_folder_of_the_environment(prepared, monkeypatch):
+    monkeypatch.setenv("PCNB_DATA", str(prepared.root))
+    prepared.check(load(prepared.entry))
+
+
+# ---- load: what goes wrong
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "Mnist", "nonsense", "", 5, None])
+def test_unknown_set(name):
+    with pytest.raises(InputError) as error: load(name)
+    text = message(error)
+    assert repr(name) in text and all(known in text for known in SETS)
+    meant = {"fashion-mnist": "fashion_mnist", "Mnist": "mnist"}.get(name)
+    assert (f"did you mean {meant!r}?" in text) if meant else ("did you mean" not in text)
+
+
+@pytest.mark.parametrize("gone", [FILES[:1], FILES[2:3], FILES])
+def test_missing_files_without_network(tiny, gone):
+    for name in gone: (tiny.folder / name).unlink()
+    with pytest.raises(InputError) as error: tiny.load()
+    text = message(error)
+    assert str(tiny.folder) in text and tiny.entry.url in text and "blocked" in text
+    asked = text[text.index("Put there"):]
+    assert [name in asked for name in FILES] == [name in gone for name in FILES] and tiny.left() == []
+    tiny.put()
+    tiny.check(tiny.load())
+
+
+def test_no_folder_and_no_network_leaves_a_place_to_put_the_files(tmp_path):
+    with pytest.raises(InputError, match="cannot be downloaded"): load("mnist", tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").rglob("*")] == ["mnist"]
+
+
+@pytest.mark.parametrize("answer", [lambda name: b"<html>log in first</html>", lambda name: b""])
+def test_a_download_of_something_else_is_not_kept(tiny, monkeypatch, answer):
+    (tiny.folder / FILES[0]).unlink()
+    serve(monkeypatch, answer)
+    with pytest.raises(InputError) as error: tiny.load()
+    assert tiny.entry.url + FILES[0] in message(error) and str(tiny.folder) in message(error)
+    assert tiny.left() == [] and not (tiny.folder / FILES[0]).exists()
+
+
+@pytest.mark.parametrize("failure", [http.client.IncompleteRead(b"12"), TimeoutError("timed out"), ConnectionResetError("reset by peer")])
+def test_a_download_that_breaks_off_leaves_nothing(tiny, monkeypatch, failure):
+    (tiny.folder / FILES[2]).unlink()
+    def answer(name): raise failure
+    serve(monkeypatch, answer)
+    with pytest.raises(InputError) as error: tiny.load()
+    assert "cannot be downloaded" in message(error) and FILES[2] in message(error)
+    assert tiny.left() == [] and not (tiny.folder / FILES[2]).exists()
+
+
+def test_a_download_that_fills_the_disk_leaves_no_part_of_a_file(tiny, monkeypatch):
+    (tiny.folder / FILES[0]).unlink()
+    serve(monkeypatch, tiny.bytes.get)
+    write = Path.write_bytes
+    def half(path, raw):
+        write(path, raw[:len(raw) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(InputError, match="No space left on device"): tiny.load()
+    assert tiny.left() == [] and not (tiny.folder / FILES[0]).exists()
+
+
+def flip(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[int(at * (len(raw) - 1))] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [lambda p: flip(p, 0.0), lambda p: flip(p, 0.9), lambda p: p.write_bytes(p.read_bytes()[:-5]), lambda p: p.write_bytes(b"")],
+    ids=["first byte", "late byte", "truncated", "empty"])
+def test_a_damaged_file_is_refused_and_kept(tiny, name, harm):
+    harm(tiny.folder / name)
+    damaged = (tiny.folder / name).read_bytes()
+    with pytest.raises(InputError) as error: tiny.load()
+    text = message(error)
+    assert str(tiny.folder / name) in text and "Delete it" in text and tiny.entry.url + name in text
+    assert (tiny.folder / name).read_bytes() == damaged and tiny.left() == []
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda root: Tiny(root, shape=(3, 4)), ["(12, 3, 4, 1)", "(12, 4, 3, 1)"]),
+    (lambda root: Tiny(root, labels={"train": np.full(12, 10, np.uint8)}), ["train_labels", "hold 10", "0 to 9"]),
+    (lambda root: Tiny(root, labels={"t10k": np.zeros(4, np.uint8)}), ["test_labels", "5 and 4"]),
+    (lambda root: Tiny(root, labels={"train": np.zeros((12, 1), np.uint8)}), ["train_labels", "(12, 1)"]),
+], ids=["image shape", "label", "label count", "label rank"])
+def test_right_checksums_with_wrong_contents(tmp_path, make, words):
+    tiny = make(tmp_path)
+    with pytest.raises(InputError) as error: tiny.load()
+    assert [word for word in words if word not in message(error)] == [] and tiny.left() == []
+
+
+def test_another_number_of_examples_than_the_entry_says(tiny):
+    with pytest.raises(InputError) as error: load(replace(tiny.entry, n_test=6), tiny.root)
+    assert "(5, 4, 3, 1)" in message(error) and "(6, 4, 3, 1)" in message(error) and tiny.left() == []
+
+
+CACHE_HARM = {
+    "pixel": ("arrays.npz", lambda p: flip(p, 0.5)), "first byte": ("arrays.npz", lambda p: flip(p, 0.0)), "last byte": ("arrays.npz", lambda p: flip(p, 1.0)),
+    "truncated": ("arrays.npz", lambda p: p.write_bytes(p.read_bytes()[:-100])), "empty": ("arrays.npz", lambda p: p.write_bytes(b"")),
+    "no arrays": ("arrays.npz", Path.unlink), "no record": ("arrays.json", Path.unlink), "record cut": ("arrays.json", lambda p: p.write_bytes(p.read_bytes()[:-9])),
+    "record a list": ("arrays.json", lambda p: p.write_text("[1]")), "record empty": ("arrays.json", lambda p: p.write_text("{}")),
+    "record of bytes": ("arrays.json", lambda p: p.write_bytes(b"\xff\xfe")),
+    "record of another archive": ("arrays.json", lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"sha256": "0" * 64}))),
+}
+
+
+@pytest.mark.parametrize("name, harm", CACHE_HARM.values(), ids=CACHE_HARM)
+def test_a_damaged_prepared_copy_is_refused_and_not_mended(prepared, name, harm):
+    prepared.put()
+    harm(prepared.folder / "prepared" / name)
+    for _ in range(2):
+        with pytest.raises(InputError) as error: prepared.load()
+        assert str(prepared.folder / "prepared") in message(error) and "Delete this folder" in message(error)
+    shutil.rmtree(prepared.folder / "prepared")
+    prepared.check(prepared.load())
+
+
+def test_a_copy_prepared_from_other_files_is_refused(prepared):
+    with pytest.raises(InputError, match="other files"): load(replace(prepared.entry, files=prepared.entry.files | {FILES[0]: "0" * 64}), prepared.root)
+
+
+def test_the_data_folder_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError) as error: load("mnist", tmp_path / "file")
+    assert str(tmp_path / "file" / "mnist") in message(error) and "data_dir" in message(error)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_the_data_folder_cannot_be_written(tiny, monkeypatch, code):
+    def refuse(path, *args, **kwargs): raise OSError(code, os.strerror(code), str(path))
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(InputError) as error: tiny.load()
+    assert os.strerror(code) in message(error) and str(tiny.folder) in message(error) and "$PCNB_DATA" in message(error)
+
+
+def last_rename(then):
+    "An `os.rename` that calls `then(new, final)` where the prepared folder would be put in its place."
+    rename = os.rename  # which TFDS calls too
+    return lambda new, final: then(new, final) if Path(final).name == "prepared" else rename(new, final)
+
+
+def fails_full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_too_little_room_is_seen_before_the_work(tiny, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    with pytest.raises(InputError, match="no space left"): tiny.load()
+    assert tiny.left() == []
+
+
+@pytest.mark.parametrize("where", ["numpy.savez", "os.rename", "os.replace", "array_record"])
+def test_the_disk_fills_up(tiny, monkeypatch, where):
+    if where == "array_record":
+        import tensorflow_datasets as tfds
+        def stopped(self, **kwargs): raise RuntimeError("write() failed: No space left on device")  # what it says on a full disk
+        monkeypatch.setattr(tfds.core.GeneratorBasedBuilder, "download_and_prepare", stopped)
+    else: monkeypatch.setattr(where, last_rename(fails_full) if where == "os.rename" else fails_full)
+    with pytest.raises(InputError) as error: tiny.load()
+    assert "No space left on device" in message(error) and str(tiny.folder) in message(error) and tiny.left() == []
+    monkeypatch.undo()
+    tiny.check(tiny.load())
+
+
+def test_an_interruption_leaves_nothing(tiny, monkeypatch):
+    import tensorflow_datasets as tfds
+    def stopped(*args, **kwargs): raise KeyboardInterrupt
+    for target, name, change in ((tfds.core.GeneratorBasedBuilder, "download_and_prepare", stopped), (np, "savez", stopped), (os, "rename", last_rename(stopped))):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, change)
+            with pytest.raises(KeyboardInterrupt): tiny.load()
+        assert tiny.left() == []
+    tiny.check(tiny.load())
+
+
+KILLED = """
+import os, pickle, sys
+import pcnb.data as data
+entry = pickle.load(open(sys.argv[1], "rb"))
+rename = os.rename
+os.rename = lambda new, final: os._exit(9) if str(final).endswith("prepared") else rename(new, final)  # all is written, nothing is in place
+data.load(entry, sys.argv[2])
+"""
+
+
+def test_a_killed_process_leaves_nothing_that_is_trusted(tiny, tmp_path):
+    (tmp_path / "entry").write_bytes(pickle.dumps(tiny.entry))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "entry", tmp_path], env=env, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    assert len(tiny.left()) == 1 and tiny.left()[0].startswith(".preparing-")
+    tiny.check(tiny.load())
+
+
+def test_another_process_was_faster(tiny, prepared_once, monkeypatch):
+    def lose(new, final):
+        shutil.copytree(prepared_once.folder / "prepared", final)
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    monkeypatch.setattr(os, "rename", last_rename(lose))
+    tiny.check(tiny.load())
+    assert tiny.left() == ["prepared"]
+
+
+def test_preparing_without_tfds(tiny, monkeypatch):
+    monkeypatch.setattr(pcnb.data, "_builder_class", pcnb.data._builder_class.__wrapped__)  # not the class of an earlier test
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError) as error: tiny.load()
+    assert "tensorflow-datasets" in message(error) and tiny.left() == []
+
+
+def test_preparing_again_after_the_module_was_reloaded(tiny, monkeypatch):
+    for _ in range(2):  # TFDS refuses a second class of the same name, unless it is told not to keep a list of them
+        monkeypatch.setattr(pcnb.data, "_builder_class", pcnb.data._builder_class.__wrapped__)
+        tiny.check(tiny.load())
+        shutil.rmtree(tiny.folder / "prepared")
+        monkeypatch.undo()
+
+
+def test_preparing_is_quiet(tiny, capfd):
+    tiny.load()
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- the registry
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_addresses_and_checksums_are_those_that_tfds_records(name):
+    folder = Path(find_spec("tensorflow_datasets").submodule_search_locations[0]) / "url_checksums"
+    rows = [line.split() for line in (folder / f"{name}.txt").read_text().splitlines()]
+    assert {row[0]: row[2] for row in rows} == {SETS[name].url + file: sha for file, sha in SETS[name].files.items()}
+
+
+def test_entries_are_complete():
+    for name, entry in SETS.items():
+        assert entry.name == name and len(set(entry.classes)) == len(entry.classes) == 10
+        assert all((entry.title, entry.homepage.startswith("http"), entry.citation, entry.licence))
+        assert not entry.files or entry.url.endswith("/")
+
+
+def test_describe(tmp_path, prepared_once):
+    part = tmp_path / "mnist"
+    part.mkdir()
+    for name in FILES[1:]: (part / name).write_bytes(b"")
+    (tmp_path / "fashion_mnist/prepared").mkdir(parents=True)
+    digits, mnist, fashion = describe(tmp_path).split("\n\n")
+    assert "embedded" in digits and "1,437 train + 360 test, 8x8x1, 10 classes" in digits
+    assert str(part) in mnist and SETS["mnist"].url in mnist and "60,000 train + 10,000 test" in mnist
+    assert [name in mnist for name in FILES] == [True, False, False, False]
+    assert f"prepared in {tmp_path / 'fashion_mnist'}" in fashion and "not here" not in fashion
+    (part / FILES[0]).write_bytes(b"")
+    assert f"files are in {part}" in describe(tmp_path).split("\n\n")[1]
+
+
+def test_importing_starts_nothing():
+    code = ("import sys; net = []; sys.addaudithook(lambda event, args: event.startswith(('socket.connect', 'socket.getaddrinfo')) and net.append(event));"
+        "import pcnb.data; print(net + [m for m in sys.argv[1:] if m in sys.modules])")
+    heavy = ["tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "array_record"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- digits
+
+def test_digits_are_all_of_scikit_learn_once():
+    from sklearn.datasets import load_digits
+    scans, labels = load_digits(return_X_y=True)
+    data = load("digits")
+    images = np.concatenate([data.train_images, data.test_images])
+    found = np.concatenate([data.train_labels, data.test_labels])
+    sixteenths = np.round(images.reshape(-1, 64) / 255 * 16)  # one step of the scan is 16 steps of the image: no doubt
+    assert abs(images.reshape(-1, 64) - sixteenths * 255 / 16).max() <= 0.5 and images.max() == 255
+    def rows(x, y): return sorted((*row, label) for row, label in zip(x.astype(int).tolist(), y.tolist()))
+    assert rows(sixteenths, found) == rows(scans, labels)
+
+
+def test_digits_split_is_the_documented_one():
+    data = load("digits")
+    n_train, n_test = np.bincount(data.train_labels), np.bincount(data.test_labels)
+    assert n_train.sum() == 1437 and n_test.sum() == 360 and (abs(n_test - (n_train + n_test) / 5) < 1).all()
+    twin = load("digits")
+    assert (twin.train_images == data.train_images).all() and (twin.test_labels == data.test_labels).all()
+    assert data.source["verified"] is True
+
+
+# ---- scaling and augmentation
+
+IMAGES = st.sampled_from([(4, 3, 1), (1, 5, 3)]).flatmap(lambda shape: hnp.arrays(np.uint8, shape))  # few shapes: each is compiled
+SIZES = st.sampled_from([(1, 1), (3, 5), (6, 2)])
+
+
+@given(IMAGES, st.floats(-1, 1, width=32), st.floats(0.125, 2, width=32))
+def test_scale_is_the_formula(image, mean, std):
+    channels = image.shape[-1]
+    scale = Scale(np.full(channels, mean) + np.arange(channels), np.full(channels, std))
+    expected = (image / 255 - mean - np.arange(channels)) / std  # in double precision
+    out = scale(jnp.asarray(image))
+    assert out.dtype == jnp.float32 and out.shape == image.shape
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda x: scale(x))(image), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scale(jnp.asarray(image / 255, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mean, std", [([0.5], [0.0]), ([0.5], [-1.0]), ([0.5], [np.nan]), ([np.inf], [1.0]), ([0.5, 0.5], [1.0]), (0.5, 1.0), ([], [np.inf])])
+def test_scale_refuses_bad_moments(mean, std):
+    with pytest.raises(InputError) as error: Scale(mean, std)
+    assert "`mean`" in message(error) and "`std`" in message(error)
+
+
+@pytest.mark.parametrize("image", [np.zeros((2, 2, 1), np.int32), np.zeros((2, 2, 3), np.uint8), np.zeros((5, 2, 2, 1), np.uint8), np.zeros((2, 1), np.uint8)])
+def test_scale_refuses_other_images(image):
+    for scale in (Scale([0.5], [1.0]), jax.jit(lambda x: Scale([0.5], [1.0])(x))):
+        with pytest.raises(InputError, match="image"): scale(image)
+
+
+def moved(image, rows, columns):
+    "The image moved down and to the right, zeros coming in, one pixel at a time."
+    out = np.zeros_like(image)
+    for i in range(image.shape[0]):
+        for j in range(image.shape[1]):
+            if 0 <= i - rows < image.shape[0] and 0 <= j - columns < image.shape[1]: out[i, j] = image[i - rows, j - columns]
+    return out
+
+
+def distinct(height, width, dtype=np.uint8):
+    "An image without zeros or repetitions: how it was moved can be read off."
+    return np.arange(1, 1 + height * width, dtype=dtype).reshape(height, width, 1)
+
+
+@given(SIZES, st.integers(0, 3), st.integers(0, 2**31), st.sampled_from([np.uint8, np.float32]))
+def test_shift_moves_by_whole_pixels(size, pixels, seed, dtype):
+    image, key = distinct(*size, dtype), jax.random.key(seed)
+    out = np.asarray(Shift(pixels)(jnp.asarray(image), key=key))
+    reach = range(-pixels, pixels + 1)
+    assert out.dtype == dtype and any((out == moved(image, i, j)).all() for i in reach for j in reach)
+    assert (np.asarray(Shift(pixels)(jnp.asarray(image), key=key)) == out).all()
+
+
+@given(IMAGES, st.integers(0, 2**31))
+def test_shift_by_none_is_the_identity(image, seed):
+    assert (np.asarray(Shift(0)(jnp.asarray(image), key=jax.random.key(seed))) == image).all()
+
+
+def test_shift_draws_every_offset_equally_often():
+    image, n = distinct(5, 5), 5000
+    out = jax.jit(jax.vmap(lambda key: Shift(2)(image, key=key)))(jax.random.split(jax.random.key(3), n))
+    counts = np.array([(np.asarray(out) == moved(image, i, j)).all((1, 2, 3)).sum() for i in range(-2, 3) for j in range(-2, 3)])
+    assert counts.sum() == n  # 25 different results, none else
+    assert ((counts - n / 25) ** 2 / (n / 25)).sum() < 52.6  # chi-square, 24 degrees of freedom: exceeded once in 1,500 keys
+
+
+def test_shift_under_jit_and_vmap_is_the_plain_one(getkey):
+    images, keys = jnp.stack([distinct(6, 4)] * 8), jax.random.split(getkey(), 8)
+    plain = jnp.stack([Shift(3)(image, key=key) for image, key in zip(images, keys)])
+    assert (jax.jit(jax.vmap(lambda image, key: Shift(3)(image, key=key)))(images, keys) == plain).all()
+
+
+@pytest.mark.parametrize("pixels", [-1, 1.5, True, "2"])
+def test_shift_refuses_bad_pixels(pixels):
+    with pytest.raises(InputError) as error: Shift(pixels)
+    assert f"`pixels` (={pixels!r})" in message(error)
+
+
+@given(st.sampled_from([1, 4, 5]), st.integers(-3, 3), st.integers(-3, 3))
+def test_warp_by_quarter_turns_and_whole_pixels_is_exact(side, rows, columns):
+    image = distinct(side, side)
+    for turns in range(4): assert (np.asarray(warp(jnp.asarray(image), turns * np.pi / 2, 1.0, (0.0, 0.0))) == np.rot90(image, turns)).all()
+    assert (np.asarray(warp(jnp.asarray(image), 0.0, 1.0, (float(rows), float(columns)))) == moved(image, rows, columns)).all()
+
+
+@given(st.floats(-0.4, 0.4), st.floats(0.8, 1.25), st.floats(-1, 1), st.floats(-1, 1))
+def test_warp_carries_a_linear_ramp_along(angle, factor, down, across):
+    # Bilinear interpolation is exact on a ramp, so away from the border the result is the ramp at the point that is carried there.
+    side, c = 15, 7
+    y, x = np.mgrid[:side, :side].astype(float)
+    out = np.asarray(warp(jnp.asarray((2 * x + 3 * y)[..., None], jnp.float32), angle, factor, (down, across)))[..., 0]
+    # Where a point goes: anticlockwise as seen, rows counted downwards.
+    turn = factor * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    v, u = np.linalg.inv(turn) @ np.stack([y - c - down, x - c - across]).reshape(2, -1)
+    expected = (2 * (u + c) + 3 * (v + c)).reshape(side, side)
+    inner = slice(4, 11)
+    np.testing.assert_allclose(out[inner, inner], expected[inner, inner], atol=1e-3)
+
+
+def test_affine_without_range_is_the_identity_and_moves_up_to_its_range(getkey):
+    image = np.zeros((21, 21, 1), np.float32)
+    image[10, 10] = 1
+    assert (Affine(0, 0, 0)(jnp.asarray(image), key=getkey()) == image).all()
+    out = np.asarray(jax.jit(jax.vmap(lambda key: Affine(3, 0, 0)(image, key=key)))(jax.random.split(getkey(), 400)))[..., 0]
+    centre = np.stack([(out.sum(2) * np.arange(21)).sum(1), (out.sum(1) * np.arange(21)).sum(1)])  # bilinear weights keep the mean
+    assert abs(centre - 10).max() <= 3.001 and (centre.min(1) < 7.2).all() and (centre.max(1) > 12.8).all()
+
+
+def test_affine_draws_its_four_amounts_from_their_ranges_and_apart(getkey):
+    image = np.zeros((21, 21, 1), np.float32)
+    image[10, [4, 16]] = 1  # 6 pixels left and right of the centre: what lies between them tells angle and factor, their middle the move
+    out = np.asarray(jax.jit(jax.vmap(lambda key: Affine(1, 30, 0.2)(image, key=key)))(jax.random.split(getkey(), 400)))[..., 0]
+    def place(part, first):
+        weight = part.sum((1, 2))
+        return np.stack([(part.sum(2) * np.arange(21)).sum(1), (part.sum(1) * np.arange(first, first + 10)).sum(1)]) / weight
+    left, right = place(out[:, :, :10], 0), place(out[:, :, 11:], 11)
+    (down, across), (row, column) = (left + right) / 2 - 10, (right - left) / 2
+    angle, factor = np.degrees(np.arctan2(-row, column)), np.hypot(row, column) / 6
+    # Interpolation puts each point off by less than half a pixel: 5 degrees and 0.08 at this distance.
+    for value, centre, reach, error in ((down, 0, 1, 0.5), (across, 0, 1, 0.5), (angle, 0, 30, 5), (factor, 1, 0.2, 0.08)):
+        assert abs(value - centre).max() < reach + error and value.min() < centre - reach / 2 and value.max() > centre + reach / 2
+    correlation = np.corrcoef([down, across, angle, factor]) - np.eye(4)
+    assert abs(correlation).max() < 0.25  # deviation 0.05 for 400 independent draws
+
+
+def test_affine_keeps_the_dtype_and_depends_on_the_key_only(getkey):
+    image, key = jnp.asarray(distinct(8, 8)), getkey()
+    out = Affine()(image, key=key)
+    assert out.dtype == jnp.uint8 and out.shape == image.shape
+    assert (out == Affine()(image, key=key)).all() and (out != Affine()(image, key=getkey())).any()
+
+
+@pytest.mark.parametrize("wrong", [dict(pixels=-1), dict(degrees=181), dict(degrees=-1), dict(scale=1), dict(scale=-0.1), dict(pixels=np.nan), dict(pixels=np.inf)])
+def test_affine_refuses_bad_ranges(wrong):
+    with pytest.raises(InputError) as error: Affine(**wrong)
+    assert all(f"`{name}` (={value!r})" in message(error) for name, value in wrong.items())
+
+
+# ---- the real thing
+
+@pytest.mark.skipif("PCNB_DATA_TEST" not in os.environ, reason="PCNB_DATA_TEST does not name a folder with mnist/*.gz")
+def test_mnist(tmp_path):
+    (tmp_path / "mnist").mkdir()
+    for name in FILES: shutil.copy(Path(os.environ["PCNB_DATA_TEST"]) / "mnist" / name, tmp_path / "mnist")
+    first, later = load("mnist", tmp_path), load("mnist", tmp_path)
+    for data in (first, later):  # facts about MNIST from its literature
+        assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9] and data.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+        assert np.bincount(data.train_labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+        np.testing.assert_allclose(np.concatenate(data.moments()), [0.1307, 0.3081], atol=5e-5)
+    assert (read_idx(tmp_path / "mnist" / FILES[2])[..., None] == later.test_images).all()
