@@ -1,0 +1,337 @@
+"""The command line: what it does, and that bad input is answered in a line and leaves runs as they were."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+import pcnb.training
+from pcnb.cli import COMMANDS, main
+from pcnb.recipes import RECIPES, AdamSetting, GradientDescentSetting, MLPSetting, from_json, to_json
+from pcnb.training import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["train", "digits", "--epochs", "2", "--network.width", "8", "--network.depth", "2", "--train-examples", "256", "--quiet", "--no-twin"]
+TIMES = {"seconds", "examples_per_second", "seconds_per_epoch", "compile_seconds"}
+WHAT = ["checkpoint.eqx", "config.json", "figures", "metrics.jsonl", "summary.json", "weights.eqx"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs): raise socket.gaierror("the network is blocked in this test")
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    "A finished run, which no test changes."
+    out = tmp_path_factory.mktemp("cli") / "run"
+    main([*TINY, "--out", str(out)])
+    return out
+
+
+def files(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def summary(out): return json.loads((out / "summary.json").read_text())
+
+
+def timeless(values): return {k: v for k, v in values.items() if k not in TIMES}
+
+
+def copy(run, to, **changed):
+    "A copy of a run whose files of these names (a dot is __) have other content."
+    for p, content in files(run).items():
+        new = to / p.relative_to(run)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(changed.get(p.name.replace(".", "__"), content))
+    return to
+
+
+@pytest.fixture
+def refuse(capsys):
+    "Runs a command that must be refused; gives its message."
+    def refuse(*argv, code=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop: main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert stop.value.code == code
+        assert out == "" and err.startswith("pcnb: ") and err.count("\n") <= 2 and "Traceback" not in err, err
+        return err
+    return refuse
+
+
+@pytest.fixture
+def printed(capsys):
+    "Runs a command that must succeed; gives what it prints."
+    def printed(*argv):
+        main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+    return printed
+
+
+# Bad input. `RUN` stands for a finished run, which must not change.
+
+@pytest.mark.parametrize("argv, said", [
+    (["--no-such"], "command '--no-such' is unknown"),
+    (["evalute", "RUN"], "did you mean 'evaluate'?"),
+    (["train"], "the recipe comes first"),
+    (["train", "--epochs", "3", "digits"], "the recipe comes first"),
+    (["train", "mnist-mpl", "--out", "RUN", "--overwrite"], "did you mean 'mnist-mlp'?"),
+    (["recipes", "mnist-mpl"], "did you mean 'mnist-mlp'?"),
+    (["recipes", "digits", "mnist-mlp"], "Unrecognized options: mnist-mlp"),
+    (["data", "--data-dri", "x"], "did you mean --data-dir?"),
+    (["evaluate"], "Missing from pcnb evaluate: RUN"),
+    (["evaluate", "RUN/none"], "does not exist"),
+    (["evaluate", "RUN/figures"], "a run's folder?"),
+], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_command(run, refuse, argv, said):
+    before = files(run)
+    message = refuse(*(a.replace("RUN", str(run)) for a in argv))
+    assert said in message
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("options, said", [
+    ("--epoch 3", "did you mean --epochs?"),
+    ("--network.wdth 3", "did you mean --network.width"),
+    ("--network.channels 3 4", "Unrecognized options: --network.channels, 3, 4"),
+    ("inference:newton", "Available subcommands: inference:gauss-newton"),
+    ("--name other", "Unrecognized options: --name, other"),
+    ("--epochs many", "Error parsing --epochs"),
+    ("--epochs 1.5", "Error parsing --epochs"),
+    ("--optimiser.rate fast", "Error parsing --optimiser.rate"),
+    ("--network.width", "Missing value for argument '--network.width'"),
+    ("--rule bp", "invalid choice 'bp' for argument '--rule'"),
+    ("--dataset digit", "invalid choice 'digit' for argument '--dataset'"),
+    ("--resume", "--resume and --overwrite exclude each other"),
+    ("--epochs -1", "epochs is -1"),
+    ("--epochs 0", "epochs is 0"),
+    ("--batch-size 0", "batch_size is 0; expected 1 to 256"),
+    ("--batch-size 257", "batch_size is 257; expected 1 to 256"),
+    ("--train-examples 1438", "=1438) must be"),
+    ("--validation 1437", "=1437) must be"),
+    ("--network.width 0", "width is 0"),
+    ("--network.depth 0", "depth is 0"),
+    ("--energy.precision -1", "precision is -1.0"),
+    ("--optimiser.rate -0.1", "rate is -0.1"),
+    ("--augment.degrees 400", "400"),
+    ("--rule ipc", "rule ipc needs gradient descent"),
+    ("inference:gauss-newton --inference.steps -1", "steps is -1"),
+    ("inference:gauss-newton --inference.cg-steps -1", "cg_steps is -1"),
+    ("inference:gradient-descent --inference.steps -1", "steps is -1"),
+    ("inference:gradient-descent --inference.rate -0.3", "rate is -0.3"),
+    ("inference:error-descent --inference.steps -1", "steps is -1"),
+    ("inference:sweep --inference.sweeps -1", "sweeps is -1"),
+])
+def test_bad_option_replaces_nothing(run, refuse, options, said):
+    before = files(run)
+    assert said in refuse(*TINY, "--out", run, "--overwrite", *options.split())
+    assert files(run) == before
+
+
+def test_run_is_neither_replaced_nor_continued_with_other_settings(run, refuse):
+    before = files(run)
+    assert "is not empty" in refuse(*TINY, "--out", run)
+    assert "another seed" in refuse(*TINY, "--out", run, "--resume", "--seed", 1)
+    assert "another settings" in refuse(*TINY, "--out", run, "--resume", "--epochs", 3)
+    assert "another rule" in refuse(*TINY, "--out", run, "--resume", "--rule", "backprop")
+    assert files(run) == before
+
+
+def test_folders_that_will_not_do(tmp_path, refuse):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is a file" in refuse(*TINY, "--out", file)
+    assert "is a file" in refuse(*TINY, "--out", file, "--overwrite")
+    assert "cannot write to" in refuse(*TINY, "--out", file / "run")
+    assert "no checkpoint.eqx to resume from" in refuse(*TINY, "--out", tmp_path / "new", "--resume")
+    assert "not a run's folder" in refuse(*TINY, "--out", tmp_path, "--overwrite")
+    assert files(tmp_path) == {file: b"mine"}
+
+
+def test_error_of_the_system_is_a_line(tmp_path, refuse, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device", "checkpoint.eqx")
+    monkeypatch.setattr(pcnb.training, "save_checkpoint", full)
+    assert "No space left on device: 'checkpoint.eqx'" in refuse(*TINY, "--out", tmp_path / "run")
+
+
+def test_missing_data_set(run, tmp_path, refuse):
+    (tmp_path / "data").mkdir()
+    before = files(run)
+    message = refuse("train", "mnist-mlp", "--data-dir", tmp_path / "data", "--out", run, "--overwrite")
+    assert "mnist is not complete" in message and "Put there" in message
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("config__json", b"{", "config.json is damaged"),
+    ("config__json", b'{"settings": {"dataset": "digits", "size": 3}}', "not a recipe"),
+    ("config__json", b'{"settings": {"dataset": "digits", "network": {"kind": "RNN"}}}', "not a recipe"),
+    ("weights__eqx", b"", "weights.eqx cannot be read"),
+    ("weights__eqx", b'{"epoch": 2}\n\x93NUMPY', "weights.eqx cannot be read"),
+])
+def test_evaluate_says_what_is_damaged(run, tmp_path, refuse, name, content, said):
+    assert said in refuse("evaluate", copy(run, tmp_path / "run", **{name: content}))
+
+
+@pytest.mark.parametrize("name", ["config__json", "checkpoint__eqx", "metrics__jsonl"])
+def test_resume_says_what_is_damaged(run, tmp_path, refuse, name):
+    out = copy(run, tmp_path / "run", **{name: b"{"})
+    before = files(out)
+    assert name.replace("__", ".") in refuse(*TINY, "--out", out, "--resume")
+    assert files(out) == before
+
+
+def test_divergence_is_a_failure_of_its_own(tmp_path, refuse):
+    assert "smaller learning rate" in refuse(*TINY, "--out", tmp_path / "run", "--optimiser.rate", "1e30", code=1)
+
+
+# Commands that do what they say
+
+def test_train_writes_a_run_that_evaluate_agrees_with(run, printed):
+    assert sorted(p.name for p in run.iterdir()) == WHAT
+    first, second = printed("evaluate", run).splitlines()
+    assert first == f"{run}: 360 test examples of digits"
+    s, last = summary(run), read_metrics(run / "metrics.jsonl")[-1]
+    assert second == f"top-1 {100 * s['test_top1']:.2f} %, top-5 {100 * s['test_top5']:.2f} %, squared-error loss {last['test_loss']:.4f}"
+
+
+def test_table_shows_the_summary(tmp_path, printed):
+    out = tmp_path / "run"
+    rows = {line[:25].strip(): line[25:].strip() for line in printed(*TINY, "--out", out, "--validation", 100).splitlines()}
+    s = summary(out)
+    assert rows["validation top-1 (%)"] == f"{100 * s['test_top1']:.2f}" and rows["validation top-5 (%)"] == f"{100 * s['test_top5']:.2f}"
+    assert float(rows["relative residual"]) == pytest.approx(s["relative_residual"], rel=1e-3)
+    assert float(rows["energy ratio"]) == pytest.approx(s["energy_ratio"], rel=1e-3)
+    assert float(rows["sensitivity"]) == pytest.approx(s["sensitivity"], rel=1e-3)
+    assert rows["run"] == str(out)
+    assert "100 validation examples, held out of the training set of digits" in printed("evaluate", out)
+
+
+def test_config_gives_back_the_recipe(run):
+    config = json.loads((run / "config.json").read_text())
+    recipe = from_json(config["settings"])
+    assert recipe == replace(RECIPES["digits"], epochs=2, network=MLPSetting(8, 2), train_examples=256)
+    assert json.loads(json.dumps(to_json(recipe))) == config["settings"]
+    assert (config["recipe"], config["rule"], config["seed"]) == ("digits", "pc", 0)
+
+
+def test_stopped_run_goes_on_to_the_same_end(run, tmp_path, refuse, printed, monkeypatch):
+    epoch = pcnb.training._epoch
+    def stopped(*args):
+        if args[6] == "epoch 2/2": raise KeyboardInterrupt
+        return epoch(*args)
+    out = tmp_path / "run"
+    monkeypatch.setattr(pcnb.training, "_epoch", stopped)
+    assert refuse(*TINY, "--out", out, code=130) == "pcnb: stopped; go on with --resume\n"
+    assert len(read_metrics(out / "metrics.jsonl")) == 1
+    assert "weights.eqx" in refuse("evaluate", out)
+    monkeypatch.setattr(pcnb.training, "_epoch", epoch)
+    printed(*TINY, "--out", out, "--resume")
+    assert list(map(timeless, read_metrics(out / "metrics.jsonl"))) == list(map(timeless, read_metrics(run / "metrics.jsonl")))
+    assert timeless(summary(out)) == timeless(summary(run))
+    assert (out / "weights.eqx").read_bytes() == (run / "weights.eqx").read_bytes()
+
+
+def test_overwrite_replaces(run, tmp_path, printed):
+    out = copy(run, tmp_path / "run")
+    (out / "note.txt").write_text("old")
+    printed(*TINY, "--out", out, "--overwrite", "--seed", 1, "--epochs", 1)
+    assert sorted(p.name for p in out.iterdir()) == WHAT
+    assert summary(out)["seed"] == 1 and len(read_metrics(out / "metrics.jsonl")) == 1
+
+
+def test_twin_is_trained_beside_and_resumed(tmp_path, refuse, printed, monkeypatch):
+    argv = [*TINY[:-1], "--out", tmp_path / "run", "--epochs", 1]  # of digits: with a twin
+    run_epoch, stop = pcnb.training._epoch, [False, True]
+    def stop_second(*args):
+        if stop.pop(0): raise KeyboardInterrupt
+        return run_epoch(*args)
+    monkeypatch.setattr(pcnb.training, "_epoch", stop_second)
+    refuse(*argv, code=130)
+    monkeypatch.setattr(pcnb.training, "_epoch", run_epoch)
+    twin = tmp_path / "run" / "twin"
+    assert sorted(p.name for p in twin.iterdir()) == ["config.json"]
+    figure = (tmp_path / "run" / "figures" / "accuracy.png").read_bytes()
+    table = printed(*argv, "--resume")
+    assert (tmp_path / "run" / "figures" / "accuracy.png").read_bytes() != figure
+    s, t = summary(tmp_path / "run"), summary(twin)
+    assert (s["rule"], t["rule"]) == ("pc", "backprop") and t["cosine_to_backprop"]["mean"] == pytest.approx(1, abs=1e-5)
+    assert table.splitlines()[1].split()[-2:] == [f"{100 * s['test_top1']:.2f}", f"{100 * t['test_top1']:.2f}"]
+    assert timeless_table(printed(*argv, "--resume")) == timeless_table(table)  # nothing is left to do
+
+
+def timeless_table(text): return [line.split() for line in text.splitlines() if not line.startswith("seconds")]
+
+
+def test_backpropagation_has_cosine_1_and_no_twin(tmp_path, printed):
+    table = printed(*TINY[:-1], "--out", tmp_path / "run", "--epochs", 1, "--rule", "backprop")
+    assert summary(tmp_path / "run")["cosine_to_backprop"]["layers"] == pytest.approx([1, 1], abs=1e-5)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == WHAT
+    assert [line for line in table.splitlines() if line.startswith("cosine")][0].split()[-1] == "1.0000"
+
+
+def test_incremental_rule_with_chosen_inference(tmp_path, printed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed(*TINY, "--rule", "ipc", "--epochs", 1, "inference:gradient-descent", "--inference.steps", 3, "--inference.rate", 0.2, "--optimiser.rate", 1e-3)
+    config = json.loads(Path("runs/digits-ipc-0/config.json").read_text())  # the default of --out
+    recipe = from_json(config["settings"])
+    assert recipe.inference == GradientDescentSetting(3, 0.2) and recipe.optimiser == AdamSetting(1e-3)
+    assert summary(Path("runs/digits-ipc-0"))["rule"] == "ipc"
+
+
+def test_recipes_lists_every_setting(printed):
+    for name, recipe in RECIPES.items():
+        text = printed("recipes", name)
+        parts = [recipe, *(v for f in fields(recipe) if is_dataclass(v := getattr(recipe, f.name)))]
+        for part in parts:
+            for f in fields(part):
+                if is_dataclass(v := getattr(part, f.name)): continue
+                v = " ".join(map(str, v)) if isinstance(v, tuple) else v
+                assert f"{f.name.replace('_', '-')} {v}" in text.replace("\n", ","), (name, f.name)
+        assert text in printed("recipes")
+
+
+def test_help(printed, capsys):
+    text = printed("--help")
+    assert printed() == text and all(f"pcnb {name}" in text for name in COMMANDS)
+    assert all(name in printed("train", "--help") for name in RECIPES)
+    for name in RECIPES:
+        with pytest.raises(SystemExit) as stop: main(["train", name, "--help"])
+        text, err = capsys.readouterr()
+        assert stop.value.code == 0 and err == ""
+        for option in ("--epochs", "--energy.output-precision", "--optimiser.rate", "--augment.pixels", "--inference.cg-steps", "inference:sweep", "--twin"):
+            assert option in text
+        assert ("--network.channels" in text) == (name == "mnist-cnn")
+        assert "--name" not in text
+
+
+def test_data_lists_the_sets(tmp_path, printed):
+    text = printed("data", "--data-dir", tmp_path)
+    assert "embedded" in text and f"put into {tmp_path / 'mnist'}" in text
+
+
+def test_process(run, tmp_path):
+    "Exit code, streams and imports of a process of its own."
+    def process(code, *argv):
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, "-c", code, *map(str, argv)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    script = "from pcnb.cli import main; main()"
+    done = process(script, "evaluate", run)
+    assert done.returncode == 0 and done.stdout.startswith(f"{run}: 360 test examples"), done.stderr
+    done = process(script, "train", "digits", "--epoch", 3)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pcnb: error: Unrecognized options: --epoch, 3; did you mean --epochs? See pcnb train digits --help.\n"
+    heavy = {"tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"}
+    done = process("import sys, pcnb.cli as c; c.main(); print(*sys.modules)", "--version")
+    version, modules = done.stdout.splitlines()
+    assert version == f"pcnb {pcnb.__version__}" and not heavy & set(modules.split())
+    assert list(tmp_path.iterdir()) == []
