@@ -84,6 +84,7 @@ def run_figures(
         ax.set(xlabel="layer", ylabel=label)
         for m, shade in zip(metrics, np.linspace(0.8, 0, len(metrics))):
             ax.plot(range(1, len(m[key]) + 1), m[key], "o-", ms=3, color=str(shade))
+        if key == "cosine": ax.set_ylim(min(0, *map(min, (m[key] for m in metrics))), 1.05)
         if key == "energy" and min(map(min, (m[key] for m in metrics))) > 0: ax.set_yscale("log")
     layers.suptitle("By layer; epochs from light to dark", fontsize=10)
     return {"accuracy": accuracy, "layers": layers}

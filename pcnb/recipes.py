@@ -15,22 +15,21 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from .network import InputError, PCNetwork, parameter_count
 from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, Sweep
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .models import activation, cnn, mlp
-from .data import Affine, Dataset, Scale, load
+from .data import Affine, Scale, Shift, load
 from .diagnostics import run_figures
 from .training import Score, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint
 
@@ -122,7 +121,7 @@ class SweepSetting:
 
 # %% ../nbs/10_recipes.ipynb 9
 def _stepper(rate, momentum):
-    if rate < 0 or not 0 <= momentum < 1: raise InputError(f"rate is {rate} and momentum {momentum}; expected rate >= 0 and 0 <= momentum < 1.")
+    if not (rate >= 0 and 0 <= momentum < 1): raise InputError(f"rate is {rate} and momentum {momentum}; expected rate >= 0 and 0 <= momentum < 1.")
     return optax.sgd(rate, momentum or None)
 
 # %% ../nbs/10_recipes.ipynb 11
@@ -148,7 +147,9 @@ class EnergySetting:
 
     def build_loss(self):
         "The loss of the output."
-        return {"squared-error": SquaredError, "cross-entropy": CrossEntropy}[self.loss]()
+        losses = {"squared-error": SquaredError, "cross-entropy": CrossEntropy}
+        if self.loss not in losses: raise InputError(f"loss {self.loss!r} is unknown; expected one of {', '.join(losses)}.")
+        return losses[self.loss]()
 
 # %% ../nbs/10_recipes.ipynb 13
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class AdamSetting:
 @dataclass(frozen=True)
 class AugmentSetting:
     "Random movement of each training image."
-    pixels: float = 0.0
+    pixels: int = 0
     """Largest shift in each direction."""
     degrees: float = 0.0
     """Largest rotation."""
@@ -180,8 +181,8 @@ class AugmentSetting:
 
     def build(self):
         "The augmentation, or None if nothing moves."
-        if not (self.pixels or self.degrees or self.scale): return None
-        return Affine(self.pixels, self.degrees, self.scale)
+        if self.degrees or self.scale: return Affine(self.pixels, self.degrees, self.scale)
+        return Shift(self.pixels) if self.pixels else None
 
 # %% ../nbs/10_recipes.ipynb 15
 @dataclass(frozen=True)
@@ -219,7 +220,8 @@ def build_rule(
     if rule == "backprop": return Backprop(recipe.energy.build_loss())
     if rule != "ipc": raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     if not isinstance(recipe.inference, GradientDescentSetting):
-        raise InputError("rule ipc needs gradient descent on the states; add inference:gradient-descent-setting.")
+        raise InputError("rule ipc needs gradient descent on the states; add inference:gradient-descent.")
+    if recipe.inference.steps < 1: raise InputError(f"steps is {recipe.inference.steps}; rule ipc needs at least 1.")
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 17
@@ -227,7 +229,7 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
     "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
     "mnist-mlp16": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=1.0), epochs=3),
-    "mnist-cnn": Recipe("mnist", CNNSetting(), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(2.0, 8.0, 0.08)),
+    "mnist-cnn": Recipe("mnist", CNNSetting(), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
 }
 
 def find_recipe(
@@ -237,7 +239,7 @@ def find_recipe(
     import difflib
     if name in RECIPES: return RECIPES[name]
     near = difflib.get_close_matches(name, RECIPES, 1)
-    raise InputError(f"recipe {name!r} is unknown; " + (f"did you mean {near[0]!r}? " if near else "") + f"There are {', '.join(RECIPES)}.")
+    raise InputError(f"recipe {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are {', '.join(RECIPES)}.")
 
 # %% ../nbs/10_recipes.ipynb 20
 def to_json(
@@ -256,8 +258,11 @@ def from_json(
     def value(v):
         if not isinstance(v, dict): return v
         return kinds[v["kind"]](**{k: tuple(w) if isinstance(w, list) else w for k, w in v.items() if k != "kind"})
-    try: return Recipe(**{k: value(v) for k, v in values.items()})
-    except (KeyError, TypeError) as e: raise InputError(f"not a recipe: {e}.") from None
+    try: recipe = Recipe(**{k: value(v) for k, v in values.items()})
+    except (AttributeError, KeyError, TypeError) as e: raise InputError(f"not a recipe: {e}.") from None
+    for name in ("network", "inference", "energy", "optimiser", "augment"):
+        if not isinstance(getattr(recipe, name), Recipe.__annotations__[name]): raise InputError(f"not a recipe: {name} is {getattr(recipe, name)!r}.")
+    return recipe
 
 # %% ../nbs/10_recipes.ipynb 23
 def _commit():
@@ -283,9 +288,11 @@ def _write_json(path, values):
     os.replace(temporary, path)
 
 def _read_json(path):
-    try: return json.loads(path.read_text())
+    try: values = json.loads(path.read_text())
     except FileNotFoundError: raise InputError(f"{path} does not exist; is {path.parent} a run's folder?") from None
-    except json.JSONDecodeError as e: raise InputError(f"{path} is damaged: {e}.") from None
+    except ValueError as e: raise InputError(f"{path} is damaged: {e}.") from None
+    if not isinstance(values, dict): raise InputError(f"{path} is damaged: not a JSON object.")
+    return values
 
 # %% ../nbs/10_recipes.ipynb 24
 def _claim(out, config, overwrite, resume):
@@ -293,7 +300,7 @@ def _claim(out, config, overwrite, resume):
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; choose a folder for the run.")
     used = out.is_dir() and any(out.iterdir())
     if used and not (overwrite or resume): raise InputError(f"{out} is not empty; use --resume to go on, --overwrite to start anew, or another folder.")
-    if resume and not (out / "checkpoint.eqx").exists(): raise InputError(f"{out} has no checkpoint.eqx to resume from; leave out --resume.")
+    if resume and not (out / "checkpoint.eqx").exists(): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
     if resume:
         old = _read_json(out / "config.json")
         changed = [k for k in ("recipe", "settings", "rule", "seed") if old.get(k) != json.loads(json.dumps(config[k]))]
@@ -301,10 +308,10 @@ def _claim(out, config, overwrite, resume):
         return
     if used and not (out / "config.json").exists(): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
     try:
-        if used: shutil.rmtree(out)
+        for p in out.iterdir() if used else (): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "config.json", config)
-    except OSError as e: raise InputError(f"cannot write to {out}: {e.strerror}; choose a folder that you may write to.") from None
+    except OSError as e: raise InputError(f"cannot write to {out}: {e.strerror or e}; choose a folder that you may write to.") from None
 
 # %% ../nbs/10_recipes.ipynb 25
 def train(
@@ -322,17 +329,18 @@ def train(
 
     Raises `InputError` for settings, data or a folder that will not do; nothing is written before all of them have been checked.
     """
+    if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir)
     key = jax.random.key(seed)
     net = recipe.network.build(data.image_shape, data.n_classes, key)
-    if recipe.batch_size < 1: raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
+    if not 1 <= recipe.batch_size <= len(data.train_images):
+        raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
+    if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
     updates = recipe.epochs * (len(data.train_images) // recipe.batch_size) * (recipe.inference.steps if rule == "ipc" else 1)
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build()
     config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
-    if recipe.batch_size > len(data.train_images): raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
     _claim(out, config, overwrite, resume)
     run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, seed=seed, folder=out, resume=resume, progress=progress)
     save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
@@ -374,7 +382,7 @@ def evaluate_run(
 ) -> Score:
     "Score the saved weights of a run on the set that it was scored on. Raises `InputError` for a folder that is not a finished run."
     out = Path(out)
-    recipe = from_json(_read_json(out / "config.json")["settings"])
+    recipe = from_json(_read_json(out / "config.json").get("settings"))
     data = _data(recipe, data_dir)
     net = recipe.network.build(data.image_shape, data.n_classes, jax.random.key(0))
     _, net = load_checkpoint(out / "weights.eqx", net)

@@ -98,10 +98,10 @@ def load_checkpoint(
     "Read what `save_checkpoint` wrote. Raises `InputError` for a file that does not fit `like` or is damaged."
     try:
         with open(path, "rb") as f:
-            return json.loads(f.readline())["epoch"], eqx.tree_deserialise_leaves(f, like)
+            return int(json.loads(f.readline())["epoch"]), eqx.tree_deserialise_leaves(f, like)
     except FileNotFoundError: raise InputError(f"{path} does not exist; there is nothing to load.") from None
     except Exception as e:
-        raise InputError(f"{path} cannot be read as a checkpoint of this network and optimiser: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read as a checkpoint of this network: it is damaged or of another one ({type(e).__name__}).") from None
 
 # %% ../nbs/08_training.ipynb 18
 class Run(NamedTuple):
@@ -155,6 +155,7 @@ def fit(
     if resume:
         done, (net, state) = load_checkpoint(Path(folder) / "checkpoint.eqx", (net, state))
         metrics = read_metrics(Path(folder) / "metrics.jsonl")[:done]
+        if len(metrics) < done: raise InputError(f"{folder} is damaged: metrics.jsonl has {len(metrics)} epochs, checkpoint.eqx {done}; start anew.")
     if done >= epochs: return Run(net, metrics, 0.0)
     steps, key = len(fixed.images) // batch_size, jax.random.key(seed)
     keys = lambda epoch: jax.random.split(jax.random.fold_in(key, epoch))
@@ -206,6 +207,8 @@ def read_metrics(
     path: Path, # of a metrics.jsonl
 ) -> list[dict]: # one entry an epoch
     "The metrics of a run. Raises `InputError` if the file is missing or damaged."
-    try: return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    try: lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except FileNotFoundError: raise InputError(f"{path} does not exist; is this a run's folder?") from None
-    except json.JSONDecodeError as e: raise InputError(f"{path} is damaged: {e}.") from None
+    except ValueError as e: raise InputError(f"{path} is damaged: {e}.") from None
+    if not all(isinstance(line, dict) for line in lines): raise InputError(f"{path} is damaged: a line is not a JSON object.")
+    return lines

@@ -173,6 +173,9 @@ def test_missing_data_set(run, tmp_path, refuse):
 
 @pytest.mark.parametrize("name, content, said", [
     ("config__json", b"{", "config.json is damaged"),
+    ("config__json", b"[]", "config.json is damaged"),
+    ("config__json", b"\xff\xfe", "config.json is damaged"),
+    ("config__json", b"{}", "not a recipe"),
     ("config__json", b'{"settings": {"dataset": "digits", "size": 3}}', "not a recipe"),
     ("config__json", b'{"settings": {"dataset": "digits", "network": {"kind": "RNN"}}}', "not a recipe"),
     ("weights__eqx", b"", "weights.eqx cannot be read"),

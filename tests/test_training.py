@@ -1,6 +1,7 @@
 """The loop: which images a step sees, exact resumption, checkpoints that survive a crash, scores against NumPy."""
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import equinox as eqx
 import hypothesis.strategies as st
@@ -34,7 +35,7 @@ def data():
 
 class Tell(AbstractRule):
     "Changes no weight; hands on what it is given."
-    tell: callable = eqx.field(static=True)
+    tell: Callable = eqx.field(static=True)
     loss_value: float = 1.0
 
     def gradient(self, net, x, y): raise NotImplementedError
@@ -129,11 +130,10 @@ def tiny(): return mlp((2, 2, 1), CLASSES, 4, 2, key=jax.random.key(0))
 
 
 def test_resumed_run_is_the_straight_one(data, tmp_path):
-    "Interrupted twice: the same weights to the bit, the same losses."
+    "Interrupted after one epoch: the same weights to the bit, the same losses."
     train = lambda epochs, **kw: fit(tiny(), PredictiveCoding(inference=GradientDescent(2)), optax.adam(1e-2), data, epochs, diagnose_examples=4, **SETTINGS, **kw)
     straight = train(3)
     train(1, folder=tmp_path)
-    train(2, folder=tmp_path, resume=True)
     resumed = train(3, folder=tmp_path, resume=True)
     for a, b in zip(arrays(straight.net), arrays(resumed.net), strict=True): np.testing.assert_array_equal(a, b)
     timing = ("seconds", "examples_per_second")
