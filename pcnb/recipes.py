@@ -226,9 +226,9 @@ def build_rule(
 
 # %% ../nbs/10_recipes.ipynb 17
 RECIPES: dict[str, Recipe] = {
-    "digits": Recipe("digits", MLPSetting(128, 16), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
+    "digits": Recipe("digits", MLPSetting(128, 16, skips=True), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
     "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
-    "mnist-mlp16": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=1.0), epochs=3),
+    "mnist-mlp16": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=0.03), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting(), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
 }
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from pcnb.energy import Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, Learned, SquaredError, Tied, layer_energies
 from pcnb.network import InputError, PCNetwork, Skip
@@ -167,6 +167,7 @@ def test_batch_is_a_loop(kind, getkey):
     np.testing.assert_allclose(whole, np.stack([one(X[i], H[:, i], Y[i]) for i in range(5)]), rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**31), loss=st.sampled_from(LOSSES))
 def test_renaming_units_changes_nothing(seed, loss):
     "Hidden units in another order, with the weights that belong to them; classes in another order, with their targets."
@@ -213,6 +214,7 @@ def test_backward_errors_at_rest(form, x64):
     else: assert value > 0.1 and size > 0.01
 
 
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**31))
 def test_losses(seed):
     rng = np.random.default_rng(seed)

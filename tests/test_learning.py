@@ -80,7 +80,7 @@ def test_backprop_against_finite_differences(loss, x64):
 @given(seed=st.integers(0, 2**31), loss=st.sampled_from(LOSSES), scale=st.floats(0.2, 2))
 def test_held_sweep_is_backpropagation(seed, loss, scale):
     "One sweep of step 1 from the output with unit precisions carries backpropagation's deltas, and held predictions learn from them."
-    net = mlp((5,), 3, 6, 4, skips=True, output_gain=1.0, key=jax.random.key(seed))
+    net = mlp((5,), 3, 6, 4, jnp.tanh, skips=True, output_gain=1.0, key=jax.random.key(seed))
     net = jax.tree.map(lambda p: np.float32(scale) * p if eqx.is_array(p) else p, net)
     x, y = batch(seed)
     (got, report), (bp, twin) = (gradient(rule, net, x, y) for rule in (PredictiveCoding(ForwardEnergy(loss), Sweep(1, 1.0), held=True), Backprop(loss)))
@@ -90,8 +90,8 @@ def test_held_sweep_is_backpropagation(seed, loss, scale):
     np.testing.assert_array_equal(layer_cosines(got, bp) > 0.999, True)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=kind)
-def test_held_sweep_is_backpropagation_for_images(loss):
+def test_held_sweep_is_backpropagation_for_images():
+    loss = CrossEntropy()
     net = cnn((8, 8, 1), 3, channels=(2, 3), output_gain=1.0, key=jax.random.key(0))
     x, y = jax.random.normal(jax.random.key(1), (3, 8, 8, 1)), jax.nn.one_hot(jnp.arange(3), 3)
     got, bp = (gradient(rule, net, x, y)[0] for rule in (PredictiveCoding(ForwardEnergy(loss), Sweep(1, 1.0), held=True), Backprop(loss)))
@@ -100,7 +100,7 @@ def test_held_sweep_is_backpropagation_for_images(loss):
 
 
 @pytest.mark.parametrize("rule", [PredictiveCoding(ForwardEnergy(CrossEntropy()), Sweep(2, 0.3)), PredictiveCoding(ForwardEnergy(precision=(0.5, 2.0, 1.0)), GradientDescent(4)),
-                                  PredictiveCoding(inference=GaussNewton(1, 2)), PredictiveCoding(inference=ErrorDescent(2), held=True), IncrementalPC(), Backprop()],
+                                  PredictiveCoding(inference=GaussNewton(1, 1)), PredictiveCoding(inference=ErrorDescent(2), held=True), IncrementalPC(), Backprop()],
                          ids=["sweep", "descent", "Gauss-Newton", "held", "incremental", "backprop"])
 def test_gradient_is_the_mean_over_examples(rule, net):
     x, y = batch(0)
@@ -144,19 +144,19 @@ def test_learning_is_local(loss):
 
 
 def test_small_output_precision_is_backpropagation(x64):
-    "1 - cosine falls with the square of the output precision, in every layer but the last, whose gradient needs no error."
+    "1 - cosine falls with the square of the output precision, in every layer."
     rng = np.random.default_rng(0)
-    net = chain([rng.normal(size=(5, 5)) / 2 for _ in range(3)] + [rng.normal(size=(3, 5))], jnp.tanh)
+    net = chain([rng.normal(size=(5, 5)) / 2 for _ in range(2)] + [rng.normal(size=(3, 5))], jnp.tanh)
     x, y = jnp.asarray(rng.normal(size=(4, 5))), jnp.asarray(np.eye(3)[rng.integers(0, 3, 4)])
-    for loss in LOSSES:
-        bp = gradient(Backprop(loss), net, x, y)[0]
-        learned = [gradient(PredictiveCoding(ForwardEnergy(loss, output_precision=jnp.array(p)), GaussNewton(3, 3)), net, x, y)[0] for p in (1.0, 0.1, 0.01, 1e-3, 1e-4)]
-        gaps = np.array([1 - layer_cosines(g, bp) for g in learned])
-        assert (gaps >= -1e-12).all() and (gaps[0] > 1e-3).any()
-        assert (gaps[1:] < gaps[:-1]).all()
-        np.testing.assert_allclose(gaps[4] / gaps[3], 0.01, rtol=0.1)
-        away = [max(float(jnp.abs(u / p - v).max()) for u, v in zip(arrays(g), arrays(bp))) for g, p in zip(learned[3:], (1e-3, 1e-4))]
-        np.testing.assert_allclose(away[1] / away[0], 0.1, rtol=0.1)  # divided by the precision it is backpropagation's gradient, to first order
+    loss = CrossEntropy()
+    bp = gradient(Backprop(loss), net, x, y)[0]
+    learned = [gradient(PredictiveCoding(ForwardEnergy(loss, output_precision=jnp.array(p)), GaussNewton(2, 2)), net, x, y)[0] for p in (1.0, 0.1, 0.01, 1e-3, 1e-4)]
+    gaps = np.array([1 - layer_cosines(g, bp) for g in learned])
+    assert (gaps >= -1e-12).all() and (gaps[0] > 1e-3).any()
+    assert (gaps[1:] < gaps[:-1]).all()
+    np.testing.assert_allclose(gaps[4] / gaps[3], 0.01, rtol=0.1)
+    away = [max(float(jnp.abs(u / p - v).max()) for u, v in zip(arrays(g), arrays(bp))) for g, p in zip(learned[3:], (1e-3, 1e-4))]
+    np.testing.assert_allclose(away[1] / away[0], 0.1, rtol=0.1)  # divided by the precision it is backpropagation's gradient, to first order
 
 
 def closed_energy(Ws, x0, y, p, p_out):
