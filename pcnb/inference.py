@@ -74,7 +74,7 @@ def infer(
     return Inferred(s, ref, *by_layer, end, _ratio(end, start), jnp.asarray(passes, jnp.float32))
 
 # %% ../nbs/02_inference.ipynb 14
-def _dot(a, b): return sum([jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b))], jnp.zeros(()))
+def _dot(a, b): return jnp.asarray(sum([jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b))], 0.0))
 
 def _norm(a): return jnp.sqrt(_dot(a, a))
 
@@ -100,8 +100,8 @@ def wave(
     net: PCNetwork,
 ) -> tuple[int, ...]: # for hidden states 1..L-1
     "The step at which gradient descent from the feedforward state first moves each hidden state."
-    terms = [{l, *net.parents(l)} for l in range(1, net.depth)]
-    first, front, step = {}, set(net.parents(net.depth)), 1
+    terms = [{l, *net.parents(l)} - {0} for l in range(1, net.depth)]  # the input is clamped: it carries no wave
+    first, front, step = {}, set(net.parents(net.depth)) - {0}, 1
     while front:
         first |= {l: step for l in front}
         touched = set().union(*[t for t in terms if t & front])
@@ -139,7 +139,8 @@ class GradientDescent(AbstractInference):
             follow = lambda c: (c, everything(c[0]))  # the gradient after a step serves the test and the next step
             ((hidden, _), _), k = _repeat(lambda c: follow(self._step(*c)), follow(carry), self.steps - early,
                                           lambda c: _norm(c[1]) <= self.tolerance * start)
-        return problem.at_states(hidden), passes + 2.0 * k
+        tests = 4.0 if self.tolerance else 0.0  # the gradients at the start and after the last step
+        return problem.at_states(hidden), passes + 2.0 * k + tests
 
     def _rides(self, energy):
         plain = not getattr(energy, "difference", True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
-from .network import PCNetwork, States
+from .network import InputError, PCNetwork, States
 from .energy import AbstractEnergy, ForwardEnergy, SquaredError, layer_energies
 from .inference import AbstractInference, GaussNewton, GradientDescent, Inferred, Problem, infer
 
@@ -109,7 +109,10 @@ class IncrementalPC(AbstractRule):
     move too. Source: Salvatori et al., 2022, arXiv 2212.00720, alg. 1.
     """
     energy: AbstractEnergy = ForwardEnergy()                # what is minimised
-    inference: GradientDescent = GradientDescent(steps=8)   # its steps and stepper
+    inference: GradientDescent = GradientDescent(steps=8)   # its steps (at least 1) and stepper
+
+    def __check_init__(self):
+        if self.inference.steps < 1: raise InputError(f"steps is {self.inference.steps}; incremental predictive coding needs at least 1.")
 
     def gradient(self, net, x, y):
         "The gradient of the first weight step."

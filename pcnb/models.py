@@ -97,7 +97,7 @@ class Conv(eqx.Module):
     def __call__(self, x):
         x = max_pool(self.activation(x), self.pool)
         out = jax.lax.conv_general_dilated(x[None], self.weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return out[0] + self.bias
+        return out[0] + self.bias[None, None]
 
 # %% ../nbs/06_models.ipynb 19
 def mlp(

@@ -221,7 +221,6 @@ def build_rule(
     if rule != "ipc": raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     if not isinstance(recipe.inference, GradientDescentSetting):
         raise InputError("rule ipc needs gradient descent on the states; add inference:gradient-descent.")
-    if recipe.inference.steps < 1: raise InputError(f"steps is {recipe.inference.steps}; rule ipc needs at least 1.")
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 17

@@ -33,7 +33,9 @@ class Score(NamedTuple):
 @eqx.filter_jit
 def _score_batch(net, scale, loss, images, labels, real):
     out = jax.vmap(lambda image: net(scale(image)))(images)
-    rank = jnp.sum(out > jnp.take_along_axis(out, labels[:, None], 1), 1)  # how many outputs beat the label's
+    own, index = jnp.take_along_axis(out, labels[:, None], 1), jnp.arange(out.shape[1])[None]
+    behind = (out < own) | ((out == own) & (index >= labels[:, None]))  # ties go to the first, as in argmax; NaN is behind nothing
+    rank = jnp.sum(~behind, 1)  # how many outputs beat the label's
     losses = jax.vmap(loss)(out, jax.nn.one_hot(labels, out.shape[1]))
     return jnp.stack([jnp.sum(real * v) for v in (rank < 1, rank < 5, losses)])
 
@@ -45,8 +47,9 @@ def evaluate(
     loss: Callable, # loss(output, one-hot target) of one example
     batch_size: int = 500,
 ) -> Score:
-    "Top-1, top-5 and mean loss of the forward pass. A NaN output counts as wrong in the loss only if it is NaN there too."
+    "Top-1, top-5 and mean loss of the forward pass; ties go to the first class, NaN is wrong. Raises `InputError` for no images."
     total, n = jnp.zeros(3), len(images)
+    if not n: raise InputError("there are no images to score; expected at least 1.")
     for i in range(0, n, batch_size):
         index = jnp.arange(i, i + batch_size)
         part = jnp.minimum(index, n - 1)
@@ -117,7 +120,7 @@ class Diverged(RuntimeError):
 def _check_fit(net, data, epochs, batch_size):
     if epochs < 0: raise InputError(f"epochs is {epochs}; expected a number >= 0.")
     n = len(data.train_images)
-    if not 1 <= batch_size <= n: raise InputError(f"batch_size is {batch_size}; expected 1 to {n}, the number of training examples.")
+    if not isinstance(batch_size, int) or not 1 <= batch_size <= n: raise InputError(f"batch_size is {batch_size}; expected 1 to {n}, the number of training examples.")
     if net.shapes[0] != data.image_shape: raise InputError(f"the network takes inputs of shape {net.shapes[0]}; {data.name} has images of shape {data.image_shape}.")
     if net.shapes[-1] != (data.n_classes,): raise InputError(f"the network's output has shape {net.shapes[-1]}; {data.name} has {data.n_classes} classes.")
 
@@ -148,6 +151,8 @@ def fit(
     does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
     """
     _check_fit(net, data, epochs, batch_size)
+    if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
+    if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     scale = Scale(*data.moments()) if scale is None else scale
     fixed = _Fixed(jnp.asarray(data.train_images), jnp.asarray(data.train_labels), scale, jnp.arange(len(data.train_labels)))
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
