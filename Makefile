@@ -29,7 +29,7 @@ train: $(READY) ## train a small network on the digits set; results in runs/digi
 test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
 test: $(READY) ## run the tests in the notebooks, then those in tests/
 	$(BIN)/nbdev_test --n_workers $(NB_WORKERS)
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n $(NB_WORKERS) tests
 
 notebooks: $(READY) ## run all notebooks, or NB="00_network 01_energy", and store their outputs
 	$(BIN)/python tools/run_notebooks.py $(NB)
