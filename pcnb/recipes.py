@@ -132,7 +132,7 @@ class EnergySetting:
     """Loss of the output; the twin's loss too."""
     precision: float = 1.0
     """Weight of the squared error of every hidden state."""
-    output_precision: float = 0.3
+    output_precision: float = 0.1
     """Weight of the output's loss."""
     alpha: float = 0.0
     """Weight of backward errors, in difference form; 0 leaves the forward energy."""
@@ -225,10 +225,10 @@ def build_rule(
 
 # %% ../nbs/10_recipes.ipynb 17
 RECIPES: dict[str, Recipe] = {
-    "digits": Recipe("digits", MLPSetting(128, 16, skips=True), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
-    "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
+    "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
+    "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
     "mnist-mlp16": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=0.03), epochs=3),
-    "mnist-cnn": Recipe("mnist", CNNSetting(), GaussNewtonSetting(1, 2), EnergySetting(output_precision=0.1), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
+    "mnist-cnn": Recipe("mnist", CNNSetting(), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
 }
 
 def find_recipe(
