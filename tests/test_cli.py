@@ -222,7 +222,7 @@ def test_table_shows_the_summary(tmp_path, printed):
 def test_config_gives_back_the_recipe(run):
     config = json.loads((run / "config.json").read_text())
     recipe = from_json(config["settings"])
-    assert recipe == replace(RECIPES["digits"], epochs=2, network=MLPSetting(8, 2), train_examples=256)
+    assert recipe == replace(RECIPES["digits"], epochs=2, network=replace(RECIPES["digits"].network, width=8, depth=2), train_examples=256)
     assert json.loads(json.dumps(to_json(recipe))) == config["settings"]
     assert (config["recipe"], config["rule"], config["seed"]) == ("digits", "pc", 0)
 
