@@ -11,7 +11,7 @@ import pytest
 
 import pcnb.training
 from pcnb.cli import COMMANDS, main
-from pcnb.recipes import RECIPES, AdamSetting, GradientDescentSetting, MLPSetting, from_json, to_json
+from pcnb.recipes import RECIPES, AdamSetting, GradientDescentSetting, from_json, to_json
 from pcnb.training import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
