@@ -143,6 +143,7 @@ def fit(
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
+    callback: Callable | None = None, # callback(step, net) after every weight step; a `Recorder`, for example
     progress: bool = True, # show a bar on stderr
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch.
@@ -171,7 +172,8 @@ def fit(
     for epoch in range(done, epochs):
         order_key, augment_key = keys(epoch)
         fixed = fixed._replace(order=jax.random.permutation(order_key, len(fixed.images)))
-        net, state, sums, seconds = _epoch(step, fixed, net, state, augment_key, steps, f"epoch {epoch + 1}/{epochs}", progress)
+        see = None if callback is None else lambda i, net: callback(epoch * steps + i, net)
+        net, state, sums, seconds = _epoch(step, fixed, net, state, augment_key, steps, see, f"epoch {epoch + 1}/{epochs}", progress)
         line = _measure(net, rule, data, fixed, sums, steps * batch_size, seconds, diagnose_examples) | {"epoch": epoch + 1}
         metrics.append(line)
         if folder is not None:
@@ -182,13 +184,14 @@ def fit(
     return Run(net, metrics, compiling)
 
 # %% ../nbs/08_training.ipynb 21
-def _epoch(step, fixed, net, state, key, steps, label, progress):
+def _epoch(step, fixed, net, state, key, steps, see, label, progress):
     "One epoch of steps; returns the sums of their metrics and the seconds they took."
     start, sums = time.perf_counter(), []
     with tqdm(range(steps), desc=label, leave=False, disable=not progress) as bar:
         for i in bar:
             net, state, metrics = step(fixed, net, state, jnp.int32(i), jax.random.fold_in(key, i))
             sums.append(metrics)
+            if see is not None: see(i + 1, net)
             if i % 16 == 15: jax.block_until_ready(metrics)  # keep the bar honest and the queue short
     jax.block_until_ready(net)
     return net, state, jax.tree.map(lambda *v: float(sum(v)), *sums), time.perf_counter() - start
