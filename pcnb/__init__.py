@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 from .network import *
 from .energy import *
 from .inference import *
+from .skip import *
+from .lalr import *
 from .learning import *
 from .models import *
 from .data import *

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, Skip
+from .skip import branch_gains, residual_blocks
 
 # %% ../nbs/06_models.ipynb 6
 def second_moment(
@@ -106,21 +107,22 @@ def mlp(
     width: int = 256, # units of every hidden state
     depth: int = 3, # layers with weights
     activation: Callable = jax.nn.gelu,
-    skips: bool = False, # identity skip past every hidden layer, branches scaled by 1/sqrt(depth)
+    skips: bool | int = False, # span of the identity skips, with branches scaled by `branch_gains` (notebook 03); True: past every hidden layer
     output_gain: float = 0.1, # factor on the output layer's initial weights
     *, key: Array,
 ) -> PCNetwork:
     """A multilayer perceptron of `depth` layers; states have unit variance at initialisation.
 
-    With `skips`, state l+1 is predicted as `x_l` plus a branch. Raises `InputError` for sizes below 1.
+    With `skips`, state l+1 is predicted as `x_l` plus a branch; with a span k, state l+k as `x_l` plus a block of k layers. Raises `InputError` for sizes
+    or a span below 1.
     """
     _check_sizes(classes=classes, width=width, depth=depth)
     sizes, keys = [int(np.prod(in_shape)), *[width] * (depth - 1), classes], jax.random.split(key, depth)
-    branch = 1 / np.sqrt(depth) if skips else 1.0
-    gains = [1.0, *[branch] * (depth - 2), output_gain] if depth > 1 else [output_gain]
+    ends = residual_blocks(depth, int(skips)) if skips else ()
+    gains = [*branch_gains(depth, ends)[:-1], output_gain]
     layers = [Dense(n, m, activation if l else identity, gain=g, key=k)
               for l, (n, m, g, k) in enumerate(zip(sizes, sizes[1:], gains, keys))]
-    return PCNetwork(layers, in_shape, [Skip(l, l + 1) for l in range(1, depth - 1)] if skips else [])
+    return PCNetwork(layers, in_shape, [Skip(*e) for e in ends])
 
 # %% ../nbs/06_models.ipynb 20
 def _check_sizes(**sizes):
