@@ -1,6 +1,7 @@
 """The data sets: the form of `Dataset`, the files, what goes wrong with them, and augmentation. No test uses the network."""
 import errno
 import gzip
+import functools
 import hashlib
 import http.client
 import io
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import types
 import urllib.request
 from dataclasses import replace
@@ -26,7 +28,7 @@ import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_idx, warp
+from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_cifar, read_idx, warp
 from pcnb.network import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -538,7 +540,7 @@ def test_preparing_is_quiet(tiny, capfd):
 
 # ---- the registry
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_addresses_and_checksums_are_those_that_tfds_records(name):
     folder = Path(find_spec("tensorflow_datasets").submodule_search_locations[0]) / "url_checksums"
     rows = [line.split() for line in (folder / f"{name}.txt").read_text().splitlines()]
@@ -547,7 +549,7 @@ def test_addresses_and_checksums_are_those_that_tfds_records(name):
 
 def test_entries_are_complete():
     for name, entry in SETS.items():
-        assert entry.name == name and len(set(entry.classes)) == len(entry.classes) == 10
+        assert entry.name == name and len(set(entry.classes)) == len(entry.classes) == {"cifar100": 100, "cifar100_coarse": 20}.get(name, 10)
         assert all((entry.title, entry.homepage.startswith("http"), entry.citation, entry.licence))
         assert not entry.files or entry.url.endswith("/")
 
@@ -557,11 +559,14 @@ def test_describe(tmp_path, prepared_once):
     part.mkdir()
     for name in FILES[1:]: (part / name).write_bytes(b"")
     (tmp_path / "fashion_mnist/prepared").mkdir(parents=True)
-    digits, mnist, fashion = describe(tmp_path).split("\n\n")
+    (tmp_path / "cifar100/cifar-100-binary").mkdir(parents=True)
+    digits, mnist, fashion, cifar10, cifar100, coarse = describe(tmp_path).split("\n\n")
     assert "embedded" in digits and "1,437 train + 360 test, 8x8x1, 10 classes" in digits
     assert str(part) in mnist and SETS["mnist"].url in mnist and "60,000 train + 10,000 test" in mnist
     assert [name in mnist for name in FILES] == [True, False, False, False]
     assert f"prepared in {tmp_path / 'fashion_mnist'}" in fashion and "not here" not in fashion
+    assert f"put into {tmp_path / 'cifar10'} from" in cifar10 and "cifar-10-binary.tar.gz, or the folder cifar-10-batches-bin" in cifar10
+    assert all(f"cifar-100-binary is in {tmp_path / 'cifar100'}" in text and "unverified" in text for text in (cifar100, coarse))
     (part / FILES[0]).write_bytes(b"")
     assert f"files are in {part}" in describe(tmp_path).split("\n\n")[1]
 
@@ -595,6 +600,146 @@ def test_digits_split_is_the_documented_one():
     twin = load("digits")
     assert (twin.train_images == data.train_images).all() and (twin.test_labels == data.test_labels).all()
     assert data.source["verified"] is True
+
+
+# ---- CIFAR, as a folder or an archive
+
+def cifar_bytes(images, *labels):
+    "Records by the description of the binary version: label bytes, then the red, the green and the blue plane, row by row."
+    return b"".join(bytes(row) + b"".join(image[..., channel].tobytes() for channel in range(3)) for image, *row in zip(images, *labels))
+
+
+class Cifar:
+    "A set in the form of CIFAR-100, two coarse classes of two fine ones, 8 + 4 images, whose files lie in `root/tiny/tiny-bin`."
+    FINE, COARSE = ("ant", "bee", "cat", "dog"), ("insect", "mammal")
+
+    def __init__(self, root):
+        rng = np.random.default_rng(0)
+        self.root, self.folder, self.unpacked = root, root / "tiny", root / "tiny/tiny-bin"
+        self.fine = {"train": np.array([3, 0, 1, 2, 2, 1, 0, 3]), "test": np.array([1, 0, 3, 2])}
+        self.images = {part: rng.integers(0, 256, (len(y), 32, 32, 3), np.uint8) for part, y in self.fine.items()}
+        self.unpacked.mkdir(parents=True)
+        for part, y in self.fine.items(): (self.unpacked / f"{part}.bin").write_bytes(cifar_bytes(self.images[part], y // 2, y))
+        (self.unpacked / "fine_label_names.txt").write_text("\n".join(self.FINE) + "\n\n")
+        (self.unpacked / "coarse_label_names.txt").write_text("\n".join(self.COARSE) + "\n")
+        common = dict(n_train=8, n_test=4, url="http://sets.invalid/tiny/", unpacked="tiny-bin", files={"tiny.tar.gz": "0" * 64})
+        self.entry = replace(SETS["cifar100"], name="tiny", classes=self.FINE, **common)
+        self.coarse = replace(SETS["cifar100_coarse"], name="tiny_coarse", classes=self.COARSE, files_of="tiny", **common)
+
+    def pack(self, cut=None):
+        "Put an archive, cut short if asked, in the place of the folder; the entry knows its checksum."
+        path = self.folder / "tiny.tar.gz"
+        with tarfile.open(path, "w:gz") as archive: archive.add(self.unpacked, "tiny-bin")
+        path.write_bytes(path.read_bytes()[:cut])
+        shutil.rmtree(self.unpacked)
+        self.entry = replace(self.entry, files={"tiny.tar.gz": hashlib.sha256(path.read_bytes()).hexdigest()})
+        return path
+
+    def check(self, data, labels=lambda fine: fine):
+        for part, fine in self.fine.items():
+            assert (getattr(data, f"{part}_images") == self.images[part]).all() and (getattr(data, f"{part}_labels") == labels(fine)).all()
+
+    def refused(self, entry=None):
+        with pytest.raises(InputError) as error: load(entry or self.entry, self.root)
+        assert not list(self.root.rglob("*prepar*"))
+        return message(error)
+
+
+@pytest.fixture
+def cifar(tmp_path): return Cifar(tmp_path)
+
+
+def test_a_folder_of_cifar_is_read_and_recorded_as_unverified(cifar):
+    for _ in range(2):  # from the files, then from the prepared copy
+        data = load(cifar.entry, cifar.root)
+        cifar.check(data)
+        assert data.source["verified"] is False and "unverified" in data.source["note"] and list(data.source["files"]) == ["tiny-bin/"]
+    shutil.rmtree(cifar.folder / "prepared")
+    flip(cifar.unpacked / "test.bin", 1.0)  # a pixel, which no check can see, but the record does
+    assert load(cifar.entry, cifar.root).source["files"] != data.source["files"]
+
+
+def test_coarse_labels_come_from_the_same_files(cifar):
+    data = load(cifar.coarse, cifar.root)
+    cifar.check(data, lambda fine: fine // 2)
+    assert data.classes == cifar.COARSE and sorted(p.name for p in cifar.root.iterdir()) == ["tiny", "tiny_coarse"]
+    assert [p.name for p in cifar.folder.iterdir()] == ["tiny-bin"]
+
+
+def test_an_archive_of_cifar_is_verified_and_preferred_to_a_folder(cifar):
+    path = cifar.pack()
+    cifar.unpacked.mkdir()
+    data = load(cifar.entry, cifar.root)
+    cifar.check(data)
+    assert data.source["verified"] is True and data.source["files"] == cifar.entry.files and "note" not in data.source
+    assert sorted(p.name for p in cifar.folder.iterdir()) == ["prepared", "tiny-bin", path.name]
+
+
+def test_a_missing_archive_is_downloaded(cifar, monkeypatch):
+    raw = cifar.pack().read_bytes()
+    (cifar.folder / "tiny.tar.gz").unlink()
+    asked = serve(monkeypatch, {"tiny.tar.gz": raw}.get)
+    cifar.check(load(cifar.entry, cifar.root))
+    assert asked == ["http://sets.invalid/tiny/tiny.tar.gz"]
+
+
+@pytest.mark.parametrize("cut", [0, 10, 1000, -1000])
+def test_an_archive_that_stops_half_way_is_refused(cifar, cut):
+    path = cifar.pack(cut)
+    assert str(path) in cifar.refused() and "get it again" in cifar.refused()  # even if its checksum were right
+    changed = replace(cifar.entry, files={"tiny.tar.gz": "0" * 64})
+    assert str(path) in cifar.refused(changed) and "SHA-256" in cifar.refused(changed)
+
+
+def test_an_archive_without_its_folder_is_refused(cifar):
+    cifar.pack()
+    assert "must hold one folder other-bin" in cifar.refused(replace(cifar.entry, unpacked="other-bin"))
+
+
+CIFAR_HARM = {
+    "truncated": (lambda c: (c.unpacked / "train.bin").write_bytes((c.unpacked / "train.bin").read_bytes()[:-100]), ["train.bin", "24,492 bytes", "3,074", "truncated"]),
+    "empty": (lambda c: (c.unpacked / "test.bin").write_bytes(b""), ["test.bin", "holds 0 bytes"]),
+    "missing": (lambda c: (c.unpacked / "test.bin").unlink(), ["has no test.bin"]),
+    "no names": (lambda c: (c.unpacked / "coarse_label_names.txt").unlink(), ["has no coarse_label_names.txt"]),
+    "other classes": (lambda c: (c.unpacked / "fine_label_names.txt").write_text("ant bee cat"), ["names 3 classes", "tiny has 4", "another set"]),
+    "a class twice as large": (lambda c: (c.unpacked / "test.bin").write_bytes(cifar_bytes(c.images["test"], [0] * 4, [0, 0, 1, 2])), ["equally large", "0 to 2", "test.bin"]),
+    "label": (lambda c: (c.unpacked / "test.bin").write_bytes(cifar_bytes(c.images["test"], [0] * 4, [0, 1, 2, 99])), ["equally large", "0 to 1"]),
+    "only half": (lambda c: (c.unpacked / "train.bin").write_bytes(cifar_bytes(c.images["test"], [0] * 4, range(4))), ["(4, 32, 32, 3)", "(8, 32, 32, 3)"]),
+}
+
+
+@pytest.mark.parametrize("harm, words", CIFAR_HARM.values(), ids=CIFAR_HARM)
+def test_a_folder_of_cifar_that_is_not_whole_is_refused(cifar, harm, words):
+    harm(cifar)
+    text = cifar.refused()
+    assert [word for word in words if word not in text] == []
+
+
+def test_the_folder_of_another_set_is_refused(cifar):
+    other = replace(SETS["cifar10"], name="tiny", unpacked="tiny-bin", files=cifar.entry.files)
+    assert "has no data_batch_1.bin" in cifar.refused(other) and "another set" in cifar.refused(other)
+    for name in ("data_batch_1.bin", "test_batch.bin"): (cifar.unpacked / "train.bin").rename(cifar.unpacked / name) and shutil.copy(cifar.unpacked / name, cifar.unpacked / "train.bin")
+    (cifar.unpacked / "batches.meta.txt").write_text("\n".join(SETS["cifar10"].classes))
+    renamed = replace(other, read=functools.partial(other.read, train=("data_batch_1.bin",)))
+    assert "data_batch_1.bin holds 24,592 bytes" in cifar.refused(renamed) and "3,073" in cifar.refused(renamed)
+
+
+def test_a_folder_without_permission(cifar, monkeypatch):
+    def deny(path): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    monkeypatch.setattr(Path, "iterdir", deny)
+    with pytest.raises(InputError) as error: load(cifar.entry, cifar.root)
+    assert "Permission denied" in message(error) and str(cifar.folder) in message(error)
+    monkeypatch.undo()
+    assert not list(cifar.root.rglob("*prepar*"))
+
+
+@given(st.integers(1, 4), st.integers(1, 2), st.integers(0, 2**32 - 1))
+def test_cifar_round_trip(tmp_path_factory, n, n_labels, seed):
+    rng, path = np.random.default_rng(seed), tmp_path_factory.getbasetemp() / "round.bin"
+    images, labels = rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 256, (n, n_labels), np.uint8)
+    path.write_bytes(cifar_bytes(images, *labels.T))
+    back, found = read_cifar(path, n_labels)
+    assert back.dtype == np.uint8 and back.shape == images.shape and (back == images).all() and (found == labels).all()
 
 
 # ---- scaling and augmentation
