@@ -188,7 +188,7 @@ class AugmentSetting:
 @dataclass(frozen=True)
 class Recipe:
     "Everything that determines a run, but the rule, the seed and the data's folder."
-    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_coarse"]
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_coarse", "tiny_imagenet", "tiny_imagenet_subset"]
     """Set to train on."""
     network: MLPSetting | CNNSetting
     """The network."""

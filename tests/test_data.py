@@ -24,11 +24,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_cifar, read_idx, warp
+from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_cifar, read_idx, read_jpeg, warp
 from pcnb.network import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -549,7 +550,9 @@ def test_addresses_and_checksums_are_those_that_tfds_records(name):
 
 def test_entries_are_complete():
     for name, entry in SETS.items():
-        assert entry.name == name and len(set(entry.classes)) == len(entry.classes) == {"cifar100": 100, "cifar100_coarse": 20}.get(name, 10)
+        named = isinstance(entry.classes, tuple)
+        assert (len(entry.classes) if named else entry.classes) == {"cifar100": 100, "cifar100_coarse": 20, "tiny_imagenet": 200, "tiny_imagenet_subset": 0}.get(name, 10)
+        assert entry.name == name and (not named or len(set(entry.classes)) == len(entry.classes))
         assert all((entry.title, entry.homepage.startswith("http"), entry.citation, entry.licence))
         assert not entry.files or entry.url.endswith("/")
 
@@ -560,12 +563,14 @@ def test_describe(tmp_path, prepared_once):
     for name in FILES[1:]: (part / name).write_bytes(b"")
     (tmp_path / "fashion_mnist/prepared").mkdir(parents=True)
     (tmp_path / "cifar100/cifar-100-binary").mkdir(parents=True)
-    digits, mnist, fashion, cifar10, cifar100, coarse = describe(tmp_path).split("\n\n")
+    digits, mnist, fashion, cifar10, cifar100, coarse, tiny, subset = describe(tmp_path).split("\n\n")
     assert "embedded" in digits and "1,437 train + 360 test, 8x8x1, 10 classes" in digits
     assert str(part) in mnist and SETS["mnist"].url in mnist and "60,000 train + 10,000 test" in mnist
     assert [name in mnist for name in FILES] == [True, False, False, False]
     assert f"prepared in {tmp_path / 'fashion_mnist'}" in fashion and "not here" not in fashion
     assert f"put into {tmp_path / 'cifar10'} from" in cifar10 and "cifar-10-binary.tar.gz, or the folder cifar-10-batches-bin" in cifar10
+    assert "200 classes" in tiny and "or the folder tiny-imagenet-*" in tiny
+    assert "as many classes as are there" in subset and "not the benchmark" in subset and f"put a folder tiny-imagenet-* into {tmp_path / 'tiny_imagenet'}" in subset
     assert all(f"cifar-100-binary is in {tmp_path / 'cifar100'}" in text and "unverified" in text for text in (cifar100, coarse))
     (part / FILES[0]).write_bytes(b"")
     assert f"files are in {part}" in describe(tmp_path).split("\n\n")[1]
@@ -740,6 +745,125 @@ def test_cifar_round_trip(tmp_path_factory, n, n_labels, seed):
     path.write_bytes(cifar_bytes(images, *labels.T))
     back, found = read_cifar(path, n_labels)
     assert back.dtype == np.uint8 and back.shape == images.shape and (back == images).all() and (found == labels).all()
+
+
+# ---- Tiny ImageNet
+
+def jpeg_bytes(colour, size=(64, 64), mode="RGB"):
+    out = io.BytesIO()
+    PIL.Image.new(mode, size, colour).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+class TinyImages:
+    "A set in the form of Tiny ImageNet: two classes of 3 + 2 images of one colour each, the first one grey, in `root/tiny/tiny-imagenet-2`."
+    WNIDS = ("n02", "n01")  # not sorted, as in the official file
+
+    def __init__(self, root):
+        self.root, self.folder, self.unpacked = root, root / "tiny", root / "tiny/tiny-imagenet-2"
+        colours = np.random.default_rng(0).integers(0, 256, (2, 5, 3), np.uint8)
+        colours[0, 0] = 77
+        self.colours = {"train": colours[:, :3], "test": colours[:, 3:]}
+        (self.unpacked / "val/images").mkdir(parents=True)
+        notes = []
+        for wnid, own in zip(self.WNIDS, colours):
+            (self.unpacked / "train" / wnid / "images").mkdir(parents=True)
+            for k, colour in enumerate(own[:3]): self.jpeg("train", wnid, k).write_bytes(jpeg_bytes(77, mode="L") if colour.tolist() == [77] * 3 else jpeg_bytes(tuple(colour.tolist())))
+            for k, colour in enumerate(own[3:]):
+                (self.unpacked / f"val/images/{wnid}{k}.JPEG").write_bytes(jpeg_bytes(tuple(colour.tolist())))
+                notes.append(f"{wnid}{k}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+        (self.unpacked / "val/val_annotations.txt").write_text("".join(notes))
+        (self.unpacked / "wnids.txt").write_text("n02\nn01\n")
+        (self.unpacked / "words.txt").write_text("n00\tnothing\nn01\tgoldfish, Carassius auratus\nn02\tcrane\n")
+        read = functools.partial(SETS["tiny_imagenet"].read, n_train=3, n_test=2)
+        self.entry = replace(SETS["tiny_imagenet"], name="tiny", classes=2, n_train=6, n_test=4, read=read, url="http://sets.invalid/tiny/", files={"tiny.zip": "0" * 64})
+        self.subset = replace(SETS["tiny_imagenet_subset"], name="tiny_subset", read=read, files_of="tiny")
+
+    def jpeg(self, part, wnid, k): return self.unpacked / part / wnid / f"images/{wnid}_{k}.JPEG"
+
+    def check(self, data):
+        for part, colours in self.colours.items():
+            images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+            assert images.shape == (len(labels), 64, 64, 3) and labels.tolist() == [0, 1] * colours.shape[1]  # in rounds of one of each class
+            assert abs(images - colours.swapaxes(0, 1).reshape(-1, 1, 1, 3).astype(float)).max() < 6  # JPEG loses a little
+
+    refused = Cifar.refused
+
+
+@pytest.fixture
+def photos(tmp_path): return TinyImages(tmp_path)
+
+
+def test_a_folder_of_tiny_imagenet(photos):
+    for _ in range(2):
+        data = load(photos.entry, photos.root)
+        photos.check(data)
+        assert data.classes == ("n02 crane", "n01 goldfish") and data.source["classes"] == 2 and data.source["verified"] is False
+    assert np.ptp(data.train_images[0], axis=-1).max() == 0  # grey: three equal channels
+
+
+def test_a_zip_of_tiny_imagenet(photos):
+    raw = Path(shutil.make_archive(photos.folder / "tiny", "zip", photos.folder, "tiny-imagenet-2")).read_bytes()
+    shutil.rmtree(photos.unpacked)
+    entry = replace(photos.entry, files={"tiny.zip": hashlib.sha256(raw).hexdigest()})
+    data = load(entry, photos.root)
+    photos.check(data)
+    assert data.source["verified"] is True
+    shutil.rmtree(photos.folder / "prepared")
+    for cut in (0, 100, len(raw) // 2, len(raw) - 1):  # even if its checksum were right
+        (photos.folder / "tiny.zip").write_bytes(raw[:cut])
+        text = photos.refused(replace(entry, files={"tiny.zip": hashlib.sha256(raw[:cut]).hexdigest()}))
+        assert "tiny.zip" in text and "get it again" in text
+        assert "SHA-256" in photos.refused(entry)
+
+
+def test_a_part_of_the_classes_is_not_the_benchmark(photos):
+    entry = replace(photos.entry, classes=3, n_train=9, n_test=6)
+    text = photos.refused(entry)
+    assert "has 2 classes, but tiny has 3" in text and "tiny_imagenet_subset" in text
+    data = load(photos.subset, photos.root)
+    photos.check(data)
+    assert data.name == "tiny_subset" and data.source["set"] == "tiny_subset" and data.source["classes"] == 2 and data.source["verified"] is False
+    photos.unpacked.rename(photos.folder / "elsewhere")
+    assert load(photos.subset, photos.root).source == data.source  # from the prepared copy
+    shutil.rmtree(photos.root / "tiny_subset/prepared")
+    assert "needs one folder tiny-imagenet-*" in photos.refused(photos.subset)
+
+
+TINY_HARM = {
+    "truncated image": (lambda p: p.jpeg("train", "n01", 1).write_bytes(p.jpeg("train", "n01", 1).read_bytes()[:-20]), ["n01_1.JPEG", "truncated", "get it again"]),
+    "empty image": (lambda p: p.jpeg("train", "n02", 2).write_bytes(b""), ["n02_2.JPEG", "no JPEG file"]),
+    "web page": (lambda p: (p.unpacked / "val/images/n020.JPEG").write_bytes(b"<html>"), ["n020.JPEG", "no JPEG file"]),
+    "png": (lambda p: PIL.Image.new("RGB", (64, 64)).save(p.jpeg("train", "n01", 0), "PNG"), ["n01_0.JPEG", "no JPEG file"]),
+    "other size": (lambda p: p.jpeg("train", "n01", 2).write_bytes(jpeg_bytes((1, 2, 3), (32, 64))), ["n01_2.JPEG", "64x32", "64x64"]),
+    "ink": (lambda p: p.jpeg("train", "n01", 2).write_bytes(jpeg_bytes((1, 2, 3, 4), mode="CMYK")), ["n01_2.JPEG", "CMYK"]),
+    "missing image": (lambda p: p.jpeg("train", "n01", 2).unlink(), ["2 training images of the class n01", "have 3"]),
+    "missing validation image": (lambda p: (p.unpacked / "val/images/n011.JPEG").unlink(), ["n011.JPEG"]),
+    "missing annotation": (lambda p: (p.unpacked / "val/val_annotations.txt").write_text("n020.JPEG\tn02\nn021.JPEG\tn02\n"), ["0 validation images of the class n01", "have 2"]),
+    "unknown class": (lambda p: (p.unpacked / "val/val_annotations.txt").write_text("n020.JPEG\tn03\n"), ["val_annotations.txt", "n03", "not in wnids.txt"]),
+    "no words": (lambda p: (p.unpacked / "words.txt").unlink(), ["has no words.txt"]),
+    "missing class": (lambda p: shutil.rmtree(p.unpacked / "train/n01"), ["not the 2 classes"]),
+    "two folders": (lambda p: shutil.copytree(p.unpacked, p.folder / "tiny-imagenet-3"), ["needs one folder", "there are 2", "tiny-imagenet-2, tiny-imagenet-3"]),
+    "folder of another set": (lambda p: shutil.rmtree(p.unpacked / "val") or (p.unpacked / "val").mkdir(), ["has no val/images", "another set"]),
+}
+
+
+@pytest.mark.parametrize("harm, words", TINY_HARM.values(), ids=TINY_HARM)
+def test_a_folder_of_tiny_imagenet_that_is_not_whole_is_refused(photos, harm, words):
+    harm(photos)
+    text = photos.refused()
+    assert [word for word in words if word not in text] == []
+
+
+def test_every_cut_of_a_jpeg_file_is_refused(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "x.JPEG"
+    PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    raw, whole = path.read_bytes(), read_jpeg(path, 8, 8)
+    assert whole.shape == (8, 8, 3) and (whole == np.asarray(PIL.Image.open(path))).all()
+    for cut in range(0, len(raw), 5):
+        path.write_bytes(raw[:cut])
+        with pytest.raises(InputError) as error: read_jpeg(path, 8, 8)
+        assert str(path) in message(error)
 
 
 # ---- scaling and augmentation
