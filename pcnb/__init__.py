@@ -7,6 +7,7 @@ from .inference import *
 from .learning import *
 from .models import *
 from .data import *
+from .augmentation import *
 from .diagnostics import *
 from .training import *
 from .recipes import *

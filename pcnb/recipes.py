@@ -29,7 +29,8 @@ from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, F
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, Sweep
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .models import activation, cnn, mlp
-from .data import Affine, Scale, Shift, load
+from .augmentation import Affine, Shift
+from .data import Scale, load
 from .diagnostics import run_figures
 from .training import Score, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint
 

@@ -1,4 +1,4 @@
-"""The data sets: the form of `Dataset`, the files, what goes wrong with them, and augmentation. No test uses the network."""
+"""The data sets: the form of `Dataset`, the files, and what goes wrong with them. No test uses the network."""
 import errno
 import gzip
 import functools
@@ -29,7 +29,7 @@ import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_cifar, read_idx, read_jpeg, warp
+from pcnb.data import SETS, Dataset, Scale, data_folder, describe, load, read_cifar, read_idx, read_jpeg
 from pcnb.network import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -866,10 +866,9 @@ def test_every_cut_of_a_jpeg_file_is_refused(tmp_path):
         assert str(path) in message(error)
 
 
-# ---- scaling and augmentation
+# ---- scaling
 
 IMAGES = st.sampled_from([(4, 3, 1), (1, 5, 3)]).flatmap(lambda shape: hnp.arrays(np.uint8, shape))  # few shapes: each is compiled
-SIZES = st.sampled_from([(1, 1), (3, 5), (6, 2)])
 
 
 @given(IMAGES, st.floats(-1, 1, width=32), st.floats(0.125, 2, width=32))
@@ -894,114 +893,6 @@ def test_scale_refuses_bad_moments(mean, std):
 def test_scale_refuses_other_images(image):
     for scale in (Scale([0.5], [1.0]), jax.jit(lambda x: Scale([0.5], [1.0])(x))):
         with pytest.raises(InputError, match="image"): scale(image)
-
-
-def moved(image, rows, columns):
-    "The image moved down and to the right, zeros coming in, one pixel at a time."
-    out = np.zeros_like(image)
-    for i in range(image.shape[0]):
-        for j in range(image.shape[1]):
-            if 0 <= i - rows < image.shape[0] and 0 <= j - columns < image.shape[1]: out[i, j] = image[i - rows, j - columns]
-    return out
-
-
-def distinct(height, width, dtype=np.uint8):
-    "An image without zeros or repetitions: how it was moved can be read off."
-    return np.arange(1, 1 + height * width, dtype=dtype).reshape(height, width, 1)
-
-
-@given(SIZES, st.integers(0, 3), st.integers(0, 2**31), st.sampled_from([np.uint8, np.float32]))
-def test_shift_moves_by_whole_pixels(size, pixels, seed, dtype):
-    image, key = distinct(*size, dtype), jax.random.key(seed)
-    out = np.asarray(Shift(pixels)(jnp.asarray(image), key=key))
-    reach = range(-pixels, pixels + 1)
-    assert out.dtype == dtype and any((out == moved(image, i, j)).all() for i in reach for j in reach)
-    assert (np.asarray(Shift(pixels)(jnp.asarray(image), key=key)) == out).all()
-
-
-@given(IMAGES, st.integers(0, 2**31))
-def test_shift_by_none_is_the_identity(image, seed):
-    assert (np.asarray(Shift(0)(jnp.asarray(image), key=jax.random.key(seed))) == image).all()
-
-
-def test_shift_draws_every_offset_equally_often():
-    image, n = distinct(5, 5), 5000
-    out = jax.jit(jax.vmap(lambda key: Shift(2)(image, key=key)))(jax.random.split(jax.random.key(3), n))
-    counts = np.array([(np.asarray(out) == moved(image, i, j)).all((1, 2, 3)).sum() for i in range(-2, 3) for j in range(-2, 3)])
-    assert counts.sum() == n  # 25 different results, none else
-    assert ((counts - n / 25) ** 2 / (n / 25)).sum() < 52.6  # chi-square, 24 degrees of freedom: exceeded once in 1,500 keys
-
-
-def test_shift_under_jit_and_vmap_is_the_plain_one(getkey):
-    images, keys = jnp.stack([distinct(6, 4)] * 8), jax.random.split(getkey(), 8)
-    plain = jnp.stack([Shift(3)(image, key=key) for image, key in zip(images, keys)])
-    assert (jax.jit(jax.vmap(lambda image, key: Shift(3)(image, key=key)))(images, keys) == plain).all()
-
-
-@pytest.mark.parametrize("pixels", [-1, 1.5, True, "2"])
-def test_shift_refuses_bad_pixels(pixels):
-    with pytest.raises(InputError) as error: Shift(pixels)
-    assert f"`pixels` (={pixels!r})" in message(error)
-
-
-@given(st.sampled_from([1, 4, 5]), st.integers(-3, 3), st.integers(-3, 3))
-def test_warp_by_quarter_turns_and_whole_pixels_is_exact(side, rows, columns):
-    image = distinct(side, side)
-    for turns in range(4): assert (np.asarray(warp(jnp.asarray(image), turns * np.pi / 2, 1.0, (0.0, 0.0))) == np.rot90(image, turns)).all()
-    assert (np.asarray(warp(jnp.asarray(image), 0.0, 1.0, (float(rows), float(columns)))) == moved(image, rows, columns)).all()
-
-
-@given(st.floats(-0.4, 0.4), st.floats(0.8, 1.25), st.floats(-1, 1), st.floats(-1, 1))
-def test_warp_carries_a_linear_ramp_along(angle, factor, down, across):
-    # Bilinear interpolation is exact on a ramp, so away from the border the result is the ramp at the point that is carried there.
-    side, c = 15, 7
-    y, x = np.mgrid[:side, :side].astype(float)
-    out = np.asarray(warp(jnp.asarray((2 * x + 3 * y)[..., None], jnp.float32), angle, factor, (down, across)))[..., 0]
-    # Where a point goes: anticlockwise as seen, rows counted downwards.
-    turn = factor * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    v, u = np.linalg.inv(turn) @ np.stack([y - c - down, x - c - across]).reshape(2, -1)
-    expected = (2 * (u + c) + 3 * (v + c)).reshape(side, side)
-    inner = slice(4, 11)
-    np.testing.assert_allclose(out[inner, inner], expected[inner, inner], atol=1e-3)
-
-
-def test_affine_without_range_is_the_identity_and_moves_up_to_its_range(getkey):
-    image = np.zeros((21, 21, 1), np.float32)
-    image[10, 10] = 1
-    assert (Affine(0, 0, 0)(jnp.asarray(image), key=getkey()) == image).all()
-    out = np.asarray(jax.jit(jax.vmap(lambda key: Affine(3, 0, 0)(image, key=key)))(jax.random.split(getkey(), 400)))[..., 0]
-    centre = np.stack([(out.sum(2) * np.arange(21)).sum(1), (out.sum(1) * np.arange(21)).sum(1)])  # bilinear weights keep the mean
-    assert abs(centre - 10).max() <= 3.001 and (centre.min(1) < 7.2).all() and (centre.max(1) > 12.8).all()
-
-
-def test_affine_draws_its_four_amounts_from_their_ranges_and_apart(getkey):
-    image = np.zeros((21, 21, 1), np.float32)
-    image[10, [4, 16]] = 1  # 6 pixels left and right of the centre: what lies between them tells angle and factor, their middle the move
-    out = np.asarray(jax.jit(jax.vmap(lambda key: Affine(1, 30, 0.2)(image, key=key)))(jax.random.split(getkey(), 400)))[..., 0]
-    def place(part, first):
-        weight = part.sum((1, 2))
-        return np.stack([(part.sum(2) * np.arange(21)).sum(1), (part.sum(1) * np.arange(first, first + 10)).sum(1)]) / weight
-    left, right = place(out[:, :, :10], 0), place(out[:, :, 11:], 11)
-    (down, across), (row, column) = (left + right) / 2 - 10, (right - left) / 2
-    angle, factor = np.degrees(np.arctan2(-row, column)), np.hypot(row, column) / 6
-    # Interpolation puts each point off by less than half a pixel: 5 degrees and 0.08 at this distance.
-    for value, centre, reach, error in ((down, 0, 1, 0.5), (across, 0, 1, 0.5), (angle, 0, 30, 5), (factor, 1, 0.2, 0.08)):
-        assert abs(value - centre).max() < reach + error and value.min() < centre - reach / 2 and value.max() > centre + reach / 2
-    correlation = np.corrcoef([down, across, angle, factor]) - np.eye(4)
-    assert abs(correlation).max() < 0.25  # deviation 0.05 for 400 independent draws
-
-
-def test_affine_keeps_the_dtype_and_depends_on_the_key_only(getkey):
-    image, key = jnp.asarray(distinct(8, 8)), getkey()
-    out = Affine()(image, key=key)
-    assert out.dtype == jnp.uint8 and out.shape == image.shape
-    assert (out == Affine()(image, key=key)).all() and (out != Affine()(image, key=getkey())).any()
-
-
-@pytest.mark.parametrize("wrong", [dict(pixels=-1), dict(degrees=181), dict(degrees=-1), dict(scale=1), dict(scale=-0.1), dict(pixels=np.nan), dict(pixels=np.inf)])
-def test_affine_refuses_bad_ranges(wrong):
-    with pytest.raises(InputError) as error: Affine(**wrong)
-    assert all(f"`{name}` (={value!r})" in message(error) for name, value in wrong.items())
 
 
 # ---- the real thing
