@@ -9,6 +9,7 @@ from .lalr import *
 from .learning import *
 from .models import *
 from .data import *
+from .augmentation import *
 from .diagnostics import *
 from .training import *
 from .recipes import *

@@ -29,7 +29,8 @@ from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, F
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, Sweep
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .models import activation, cnn, mlp
-from .data import Affine, Scale, Shift, load
+from .augmentation import Affine, Shift
+from .data import Scale, load
 from .diagnostics import run_figures
 from .training import Score, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint
 
@@ -188,7 +189,7 @@ class AugmentSetting:
 @dataclass(frozen=True)
 class Recipe:
     "Everything that determines a run, but the rule, the seed and the data's folder."
-    dataset: Literal["digits", "mnist", "fashion_mnist"]
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_coarse", "tiny_imagenet", "tiny_imagenet_subset"]
     """Set to train on."""
     network: MLPSetting | CNNSetting
     """The network."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 from .network import InputError, PCNetwork
 from .learning import AbstractRule, Backprop
+from .augmentation import Batch, augment_batch
 from .data import Dataset, Scale
 from .diagnostics import diagnose
 
@@ -69,13 +70,14 @@ class _Fixed(NamedTuple):
     labels: Array
     scale: Callable
     order: Array   # of the epoch
+    epoch: Array   # its number, from 0
 
 def _make_step(rule, optimiser, augment, batch_size, classes):
     @eqx.filter_jit(donate="all-except-first")
     def step(fixed, net, state, i, key):
         index = jax.lax.dynamic_slice(fixed.order, (i * batch_size,), (batch_size,))
-        images, y = fixed.images[index], jax.nn.one_hot(fixed.labels[index], classes)
-        if augment is not None: images = jax.vmap(lambda image, k: augment(image, key=k))(images, jax.random.split(key, batch_size))
+        batch = Batch(fixed.images[index], jax.nn.one_hot(fixed.labels[index], classes), index, fixed.epoch)
+        images, y, *_ = augment_batch(augment, batch, key=key)
         net, state, report = rule.update(net, optimiser, state, jax.vmap(fixed.scale)(images), y)
         correct = jnp.sum(report.output.argmax(1) == y.argmax(1))
         return net, state, Metrics(report.loss * batch_size, report.energy * batch_size, correct)
@@ -137,7 +139,7 @@ def fit(
     epochs: int = 10,
     batch_size: int = 128,
     *,
-    augment: Callable | None = None, # augment(image, key=...) of one raw image
+    augment: Callable | None = None, # augment(image, key=...) of one raw image, or a change of the batch as `Compose`
     scale: Callable | None = None, # one raw image -> input; the default standardises by the training set's moments
     seed: int = 0, # of order and augmentation
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
@@ -155,7 +157,7 @@ def fit(
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     scale = Scale(*data.moments()) if scale is None else scale
-    fixed = _Fixed(jnp.asarray(data.train_images), jnp.asarray(data.train_labels), scale, jnp.arange(len(data.train_labels)))
+    fixed = _Fixed(jnp.asarray(data.train_images), jnp.asarray(data.train_labels), scale, jnp.arange(len(data.train_labels)), jnp.int32(0))
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
     state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0
     if resume:
@@ -171,7 +173,7 @@ def fit(
     compiling = time.perf_counter() - start
     for epoch in range(done, epochs):
         order_key, augment_key = keys(epoch)
-        fixed = fixed._replace(order=jax.random.permutation(order_key, len(fixed.images)))
+        fixed = fixed._replace(order=jax.random.permutation(order_key, len(fixed.images)), epoch=jnp.int32(epoch))
         see = None if callback is None else lambda i, net: callback(epoch * steps + i, net)
         net, state, sums, seconds = _epoch(step, fixed, net, state, augment_key, steps, see, f"epoch {epoch + 1}/{epochs}", progress)
         line = _measure(net, rule, data, fixed, sums, steps * batch_size, seconds, diagnose_examples) | {"epoch": epoch + 1}

@@ -1,6 +1,7 @@
-"""The data sets: the form of `Dataset`, the files, what goes wrong with them, and augmentation. No test uses the network."""
+"""The data sets: the form of `Dataset`, the files, and what goes wrong with them. No test uses the network."""
 import errno
 import gzip
+import functools
 import hashlib
 import http.client
 import io
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import types
 import urllib.request
 from dataclasses import replace
@@ -22,11 +24,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.data import SETS, Affine, Dataset, Scale, Shift, data_folder, describe, load, read_idx, warp
+from pcnb.data import SETS, Dataset, Scale, data_folder, describe, load, read_cifar, read_idx, read_jpeg
 from pcnb.network import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -538,7 +541,7 @@ def test_preparing_is_quiet(tiny, capfd):
 
 # ---- the registry
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_addresses_and_checksums_are_those_that_tfds_records(name):
     folder = Path(find_spec("tensorflow_datasets").submodule_search_locations[0]) / "url_checksums"
     rows = [line.split() for line in (folder / f"{name}.txt").read_text().splitlines()]
@@ -547,7 +550,9 @@ def test_addresses_and_checksums_are_those_that_tfds_records(name):
 
 def test_entries_are_complete():
     for name, entry in SETS.items():
-        assert entry.name == name and len(set(entry.classes)) == len(entry.classes) == 10
+        named = isinstance(entry.classes, tuple)
+        assert (len(entry.classes) if named else entry.classes) == {"cifar100": 100, "cifar100_coarse": 20, "tiny_imagenet": 200, "tiny_imagenet_subset": 0}.get(name, 10)
+        assert entry.name == name and (not named or len(set(entry.classes)) == len(entry.classes))
         assert all((entry.title, entry.homepage.startswith("http"), entry.citation, entry.licence))
         assert not entry.files or entry.url.endswith("/")
 
@@ -557,11 +562,16 @@ def test_describe(tmp_path, prepared_once):
     part.mkdir()
     for name in FILES[1:]: (part / name).write_bytes(b"")
     (tmp_path / "fashion_mnist/prepared").mkdir(parents=True)
-    digits, mnist, fashion = describe(tmp_path).split("\n\n")
+    (tmp_path / "cifar100/cifar-100-binary").mkdir(parents=True)
+    digits, mnist, fashion, cifar10, cifar100, coarse, tiny, subset = describe(tmp_path).split("\n\n")
     assert "embedded" in digits and "1,437 train + 360 test, 8x8x1, 10 classes" in digits
     assert str(part) in mnist and SETS["mnist"].url in mnist and "60,000 train + 10,000 test" in mnist
     assert [name in mnist for name in FILES] == [True, False, False, False]
     assert f"prepared in {tmp_path / 'fashion_mnist'}" in fashion and "not here" not in fashion
+    assert f"put into {tmp_path / 'cifar10'} from" in cifar10 and "cifar-10-binary.tar.gz, or the folder cifar-10-batches-bin" in cifar10
+    assert "200 classes" in tiny and "or the folder tiny-imagenet-*" in tiny
+    assert "as many classes as are there" in subset and "not the benchmark" in subset and f"put a folder tiny-imagenet-* into {tmp_path / 'tiny_imagenet'}" in subset
+    assert all(f"cifar-100-binary is in {tmp_path / 'cifar100'}" in text and "unverified" in text for text in (cifar100, coarse))
     (part / FILES[0]).write_bytes(b"")
     assert f"files are in {part}" in describe(tmp_path).split("\n\n")[1]
 
@@ -597,10 +607,268 @@ def test_digits_split_is_the_documented_one():
     assert data.source["verified"] is True
 
 
-# ---- scaling and augmentation
+# ---- CIFAR, as a folder or an archive
+
+def cifar_bytes(images, *labels):
+    "Records by the description of the binary version: label bytes, then the red, the green and the blue plane, row by row."
+    return b"".join(bytes(row) + b"".join(image[..., channel].tobytes() for channel in range(3)) for image, *row in zip(images, *labels))
+
+
+class Cifar:
+    "A set in the form of CIFAR-100, two coarse classes of two fine ones, 8 + 4 images, whose files lie in `root/tiny/tiny-bin`."
+    FINE, COARSE = ("ant", "bee", "cat", "dog"), ("insect", "mammal")
+
+    def __init__(self, root):
+        rng = np.random.default_rng(0)
+        self.root, self.folder, self.unpacked = root, root / "tiny", root / "tiny/tiny-bin"
+        self.fine = {"train": np.array([3, 0, 1, 2, 2, 1, 0, 3]), "test": np.array([1, 0, 3, 2])}
+        self.images = {part: rng.integers(0, 256, (len(y), 32, 32, 3), np.uint8) for part, y in self.fine.items()}
+        self.unpacked.mkdir(parents=True)
+        for part, y in self.fine.items(): (self.unpacked / f"{part}.bin").write_bytes(cifar_bytes(self.images[part], y // 2, y))
+        (self.unpacked / "fine_label_names.txt").write_text("\n".join(self.FINE) + "\n\n")
+        (self.unpacked / "coarse_label_names.txt").write_text("\n".join(self.COARSE) + "\n")
+        common = dict(n_train=8, n_test=4, url="http://sets.invalid/tiny/", unpacked="tiny-bin", files={"tiny.tar.gz": "0" * 64})
+        self.entry = replace(SETS["cifar100"], name="tiny", classes=self.FINE, **common)
+        self.coarse = replace(SETS["cifar100_coarse"], name="tiny_coarse", classes=self.COARSE, files_of="tiny", **common)
+
+    def pack(self, cut=None):
+        "Put an archive, cut short if asked, in the place of the folder; the entry knows its checksum."
+        path = self.folder / "tiny.tar.gz"
+        with tarfile.open(path, "w:gz") as archive: archive.add(self.unpacked, "tiny-bin")
+        path.write_bytes(path.read_bytes()[:cut])
+        shutil.rmtree(self.unpacked)
+        self.entry = replace(self.entry, files={"tiny.tar.gz": hashlib.sha256(path.read_bytes()).hexdigest()})
+        return path
+
+    def check(self, data, labels=lambda fine: fine):
+        for part, fine in self.fine.items():
+            assert (getattr(data, f"{part}_images") == self.images[part]).all() and (getattr(data, f"{part}_labels") == labels(fine)).all()
+
+    def refused(self, entry=None):
+        with pytest.raises(InputError) as error: load(entry or self.entry, self.root)
+        assert not list(self.root.rglob("*prepar*"))
+        return message(error)
+
+
+@pytest.fixture
+def cifar(tmp_path): return Cifar(tmp_path)
+
+
+def test_a_folder_of_cifar_is_read_and_recorded_as_unverified(cifar):
+    for _ in range(2):  # from the files, then from the prepared copy
+        data = load(cifar.entry, cifar.root)
+        cifar.check(data)
+        assert data.source["verified"] is False and "unverified" in data.source["note"] and list(data.source["files"]) == ["tiny-bin/"]
+    shutil.rmtree(cifar.folder / "prepared")
+    flip(cifar.unpacked / "test.bin", 1.0)  # a pixel, which no check can see, but the record does
+    assert load(cifar.entry, cifar.root).source["files"] != data.source["files"]
+
+
+def test_coarse_labels_come_from_the_same_files(cifar):
+    data = load(cifar.coarse, cifar.root)
+    cifar.check(data, lambda fine: fine // 2)
+    assert data.classes == cifar.COARSE and sorted(p.name for p in cifar.root.iterdir()) == ["tiny", "tiny_coarse"]
+    assert [p.name for p in cifar.folder.iterdir()] == ["tiny-bin"]
+
+
+def test_an_archive_of_cifar_is_verified_and_preferred_to_a_folder(cifar):
+    path = cifar.pack()
+    cifar.unpacked.mkdir()
+    data = load(cifar.entry, cifar.root)
+    cifar.check(data)
+    assert data.source["verified"] is True and data.source["files"] == cifar.entry.files and "note" not in data.source
+    assert sorted(p.name for p in cifar.folder.iterdir()) == ["prepared", "tiny-bin", path.name]
+
+
+def test_a_missing_archive_is_downloaded(cifar, monkeypatch):
+    raw = cifar.pack().read_bytes()
+    (cifar.folder / "tiny.tar.gz").unlink()
+    asked = serve(monkeypatch, {"tiny.tar.gz": raw}.get)
+    cifar.check(load(cifar.entry, cifar.root))
+    assert asked == ["http://sets.invalid/tiny/tiny.tar.gz"]
+
+
+@pytest.mark.parametrize("cut", [0, 10, 1000, -1000])
+def test_an_archive_that_stops_half_way_is_refused(cifar, cut):
+    path = cifar.pack(cut)
+    assert str(path) in cifar.refused() and "get it again" in cifar.refused()  # even if its checksum were right
+    changed = replace(cifar.entry, files={"tiny.tar.gz": "0" * 64})
+    assert str(path) in cifar.refused(changed) and "SHA-256" in cifar.refused(changed)
+
+
+def test_an_archive_without_its_folder_is_refused(cifar):
+    cifar.pack()
+    assert "must hold one folder other-bin" in cifar.refused(replace(cifar.entry, unpacked="other-bin"))
+
+
+CIFAR_HARM = {
+    "truncated": (lambda c: (c.unpacked / "train.bin").write_bytes((c.unpacked / "train.bin").read_bytes()[:-100]), ["train.bin", "24,492 bytes", "3,074", "truncated"]),
+    "empty": (lambda c: (c.unpacked / "test.bin").write_bytes(b""), ["test.bin", "holds 0 bytes"]),
+    "missing": (lambda c: (c.unpacked / "test.bin").unlink(), ["has no test.bin"]),
+    "no names": (lambda c: (c.unpacked / "coarse_label_names.txt").unlink(), ["has no coarse_label_names.txt"]),
+    "other classes": (lambda c: (c.unpacked / "fine_label_names.txt").write_text("ant bee cat"), ["names 3 classes", "tiny has 4", "another set"]),
+    "a class twice as large": (lambda c: (c.unpacked / "test.bin").write_bytes(cifar_bytes(c.images["test"], [0] * 4, [0, 0, 1, 2])), ["equally large", "0 to 2", "test.bin"]),
+    "label": (lambda c: (c.unpacked / "test.bin").write_bytes(cifar_bytes(c.images["test"], [0] * 4, [0, 1, 2, 99])), ["equally large", "0 to 1"]),
+    "only half": (lambda c: (c.unpacked / "train.bin").write_bytes(cifar_bytes(c.images["test"], [0] * 4, range(4))), ["(4, 32, 32, 3)", "(8, 32, 32, 3)"]),
+}
+
+
+@pytest.mark.parametrize("harm, words", CIFAR_HARM.values(), ids=CIFAR_HARM)
+def test_a_folder_of_cifar_that_is_not_whole_is_refused(cifar, harm, words):
+    harm(cifar)
+    text = cifar.refused()
+    assert [word for word in words if word not in text] == []
+
+
+def test_the_folder_of_another_set_is_refused(cifar):
+    other = replace(SETS["cifar10"], name="tiny", unpacked="tiny-bin", files=cifar.entry.files)
+    assert "has no data_batch_1.bin" in cifar.refused(other) and "another set" in cifar.refused(other)
+    for name in ("data_batch_1.bin", "test_batch.bin"): (cifar.unpacked / "train.bin").rename(cifar.unpacked / name) and shutil.copy(cifar.unpacked / name, cifar.unpacked / "train.bin")
+    (cifar.unpacked / "batches.meta.txt").write_text("\n".join(SETS["cifar10"].classes))
+    renamed = replace(other, read=functools.partial(other.read, train=("data_batch_1.bin",)))
+    assert "data_batch_1.bin holds 24,592 bytes" in cifar.refused(renamed) and "3,073" in cifar.refused(renamed)
+
+
+def test_a_folder_without_permission(cifar, monkeypatch):
+    def deny(path): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    monkeypatch.setattr(Path, "iterdir", deny)
+    with pytest.raises(InputError) as error: load(cifar.entry, cifar.root)
+    assert "Permission denied" in message(error) and str(cifar.folder) in message(error)
+    monkeypatch.undo()
+    assert not list(cifar.root.rglob("*prepar*"))
+
+
+@given(st.integers(1, 4), st.integers(1, 2), st.integers(0, 2**32 - 1))
+def test_cifar_round_trip(tmp_path_factory, n, n_labels, seed):
+    rng, path = np.random.default_rng(seed), tmp_path_factory.getbasetemp() / "round.bin"
+    images, labels = rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 256, (n, n_labels), np.uint8)
+    path.write_bytes(cifar_bytes(images, *labels.T))
+    back, found = read_cifar(path, n_labels)
+    assert back.dtype == np.uint8 and back.shape == images.shape and (back == images).all() and (found == labels).all()
+
+
+# ---- Tiny ImageNet
+
+def jpeg_bytes(colour, size=(64, 64), mode="RGB"):
+    out = io.BytesIO()
+    PIL.Image.new(mode, size, colour).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+class TinyImages:
+    "A set in the form of Tiny ImageNet: two classes of 3 + 2 images of one colour each, the first one grey, in `root/tiny/tiny-imagenet-2`."
+    WNIDS = ("n02", "n01")  # not sorted, as in the official file
+
+    def __init__(self, root):
+        self.root, self.folder, self.unpacked = root, root / "tiny", root / "tiny/tiny-imagenet-2"
+        colours = np.random.default_rng(0).integers(0, 256, (2, 5, 3), np.uint8)
+        colours[0, 0] = 77
+        self.colours = {"train": colours[:, :3], "test": colours[:, 3:]}
+        (self.unpacked / "val/images").mkdir(parents=True)
+        notes = []
+        for wnid, own in zip(self.WNIDS, colours):
+            (self.unpacked / "train" / wnid / "images").mkdir(parents=True)
+            for k, colour in enumerate(own[:3]): self.jpeg("train", wnid, k).write_bytes(jpeg_bytes(77, mode="L") if colour.tolist() == [77] * 3 else jpeg_bytes(tuple(colour.tolist())))
+            for k, colour in enumerate(own[3:]):
+                (self.unpacked / f"val/images/{wnid}{k}.JPEG").write_bytes(jpeg_bytes(tuple(colour.tolist())))
+                notes.append(f"{wnid}{k}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+        (self.unpacked / "val/val_annotations.txt").write_text("".join(notes))
+        (self.unpacked / "wnids.txt").write_text("n02\nn01\n")
+        (self.unpacked / "words.txt").write_text("n00\tnothing\nn01\tgoldfish, Carassius auratus\nn02\tcrane\n")
+        read = functools.partial(SETS["tiny_imagenet"].read, n_train=3, n_test=2)
+        self.entry = replace(SETS["tiny_imagenet"], name="tiny", classes=2, n_train=6, n_test=4, read=read, url="http://sets.invalid/tiny/", files={"tiny.zip": "0" * 64})
+        self.subset = replace(SETS["tiny_imagenet_subset"], name="tiny_subset", read=read, files_of="tiny")
+
+    def jpeg(self, part, wnid, k): return self.unpacked / part / wnid / f"images/{wnid}_{k}.JPEG"
+
+    def check(self, data):
+        for part, colours in self.colours.items():
+            images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+            assert images.shape == (len(labels), 64, 64, 3) and labels.tolist() == [0, 1] * colours.shape[1]  # in rounds of one of each class
+            assert abs(images - colours.swapaxes(0, 1).reshape(-1, 1, 1, 3).astype(float)).max() < 6  # JPEG loses a little
+
+    refused = Cifar.refused
+
+
+@pytest.fixture
+def photos(tmp_path): return TinyImages(tmp_path)
+
+
+def test_a_folder_of_tiny_imagenet(photos):
+    for _ in range(2):
+        data = load(photos.entry, photos.root)
+        photos.check(data)
+        assert data.classes == ("n02 crane", "n01 goldfish") and data.source["classes"] == 2 and data.source["verified"] is False
+    assert np.ptp(data.train_images[0], axis=-1).max() == 0  # grey: three equal channels
+
+
+def test_a_zip_of_tiny_imagenet(photos):
+    raw = Path(shutil.make_archive(photos.folder / "tiny", "zip", photos.folder, "tiny-imagenet-2")).read_bytes()
+    shutil.rmtree(photos.unpacked)
+    entry = replace(photos.entry, files={"tiny.zip": hashlib.sha256(raw).hexdigest()})
+    data = load(entry, photos.root)
+    photos.check(data)
+    assert data.source["verified"] is True
+    shutil.rmtree(photos.folder / "prepared")
+    for cut in (0, 100, len(raw) // 2, len(raw) - 1):  # even if its checksum were right
+        (photos.folder / "tiny.zip").write_bytes(raw[:cut])
+        text = photos.refused(replace(entry, files={"tiny.zip": hashlib.sha256(raw[:cut]).hexdigest()}))
+        assert "tiny.zip" in text and "get it again" in text
+        assert "SHA-256" in photos.refused(entry)
+
+
+def test_a_part_of_the_classes_is_not_the_benchmark(photos):
+    entry = replace(photos.entry, classes=3, n_train=9, n_test=6)
+    text = photos.refused(entry)
+    assert "has 2 classes, but tiny has 3" in text and "tiny_imagenet_subset" in text
+    data = load(photos.subset, photos.root)
+    photos.check(data)
+    assert data.name == "tiny_subset" and data.source["set"] == "tiny_subset" and data.source["classes"] == 2 and data.source["verified"] is False
+    photos.unpacked.rename(photos.folder / "elsewhere")
+    assert load(photos.subset, photos.root).source == data.source  # from the prepared copy
+    shutil.rmtree(photos.root / "tiny_subset/prepared")
+    assert "needs one folder tiny-imagenet-*" in photos.refused(photos.subset)
+
+
+TINY_HARM = {
+    "truncated image": (lambda p: p.jpeg("train", "n01", 1).write_bytes(p.jpeg("train", "n01", 1).read_bytes()[:-20]), ["n01_1.JPEG", "truncated", "get it again"]),
+    "empty image": (lambda p: p.jpeg("train", "n02", 2).write_bytes(b""), ["n02_2.JPEG", "no JPEG file"]),
+    "web page": (lambda p: (p.unpacked / "val/images/n020.JPEG").write_bytes(b"<html>"), ["n020.JPEG", "no JPEG file"]),
+    "png": (lambda p: PIL.Image.new("RGB", (64, 64)).save(p.jpeg("train", "n01", 0), "PNG"), ["n01_0.JPEG", "no JPEG file"]),
+    "other size": (lambda p: p.jpeg("train", "n01", 2).write_bytes(jpeg_bytes((1, 2, 3), (32, 64))), ["n01_2.JPEG", "64x32", "64x64"]),
+    "ink": (lambda p: p.jpeg("train", "n01", 2).write_bytes(jpeg_bytes((1, 2, 3, 4), mode="CMYK")), ["n01_2.JPEG", "CMYK"]),
+    "missing image": (lambda p: p.jpeg("train", "n01", 2).unlink(), ["2 training images of the class n01", "have 3"]),
+    "missing validation image": (lambda p: (p.unpacked / "val/images/n011.JPEG").unlink(), ["n011.JPEG"]),
+    "missing annotation": (lambda p: (p.unpacked / "val/val_annotations.txt").write_text("n020.JPEG\tn02\nn021.JPEG\tn02\n"), ["0 validation images of the class n01", "have 2"]),
+    "unknown class": (lambda p: (p.unpacked / "val/val_annotations.txt").write_text("n020.JPEG\tn03\n"), ["val_annotations.txt", "n03", "not in wnids.txt"]),
+    "no words": (lambda p: (p.unpacked / "words.txt").unlink(), ["has no words.txt"]),
+    "missing class": (lambda p: shutil.rmtree(p.unpacked / "train/n01"), ["not the 2 classes"]),
+    "two folders": (lambda p: shutil.copytree(p.unpacked, p.folder / "tiny-imagenet-3"), ["needs one folder", "there are 2", "tiny-imagenet-2, tiny-imagenet-3"]),
+    "folder of another set": (lambda p: shutil.rmtree(p.unpacked / "val") or (p.unpacked / "val").mkdir(), ["has no val/images", "another set"]),
+}
+
+
+@pytest.mark.parametrize("harm, words", TINY_HARM.values(), ids=TINY_HARM)
+def test_a_folder_of_tiny_imagenet_that_is_not_whole_is_refused(photos, harm, words):
+    harm(photos)
+    text = photos.refused()
+    assert [word for word in words if word not in text] == []
+
+
+def test_every_cut_of_a_jpeg_file_is_refused(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "x.JPEG"
+    PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    raw, whole = path.read_bytes(), read_jpeg(path, 8, 8)
+    assert whole.shape == (8, 8, 3) and (whole == np.asarray(PIL.Image.open(path))).all()
+    for cut in range(0, len(raw), 5):
+        path.write_bytes(raw[:cut])
+        with pytest.raises(InputError) as error: read_jpeg(path, 8, 8)
+        assert str(path) in message(error)
+
+
+# ---- scaling
 
 IMAGES = st.sampled_from([(4, 3, 1), (1, 5, 3)]).flatmap(lambda shape: hnp.arrays(np.uint8, shape))  # few shapes: each is compiled
-SIZES = st.sampled_from([(1, 1), (3, 5), (6, 2)])
 
 
 @given(IMAGES, st.floats(-1, 1, width=32), st.floats(0.125, 2, width=32))
@@ -625,114 +893,6 @@ def test_scale_refuses_bad_moments(mean, std):
 def test_scale_refuses_other_images(image):
     for scale in (Scale([0.5], [1.0]), jax.jit(lambda x: Scale([0.5], [1.0])(x))):
         with pytest.raises(InputError, match="image"): scale(image)
-
-
-def moved(image, rows, columns):
-    "The image moved down and to the right, zeros coming in, one pixel at a time."
-    out = np.zeros_like(image)
-    for i in range(image.shape[0]):
-        for j in range(image.shape[1]):
-            if 0 <= i - rows < image.shape[0] and 0 <= j - columns < image.shape[1]: out[i, j] = image[i - rows, j - columns]
-    return out
-
-
-def distinct(height, width, dtype=np.uint8):
-    "An image without zeros or repetitions: how it was moved can be read off."
-    return np.arange(1, 1 + height * width, dtype=dtype).reshape(height, width, 1)
-
-
-@given(SIZES, st.integers(0, 3), st.integers(0, 2**31), st.sampled_from([np.uint8, np.float32]))
-def test_shift_moves_by_whole_pixels(size, pixels, seed, dtype):
-    image, key = distinct(*size, dtype), jax.random.key(seed)
-    out = np.asarray(Shift(pixels)(jnp.asarray(image), key=key))
-    reach = range(-pixels, pixels + 1)
-    assert out.dtype == dtype and any((out == moved(image, i, j)).all() for i in reach for j in reach)
-    assert (np.asarray(Shift(pixels)(jnp.asarray(image), key=key)) == out).all()
-
-
-@given(IMAGES, st.integers(0, 2**31))
-def test_shift_by_none_is_the_identity(image, seed):
-    assert (np.asarray(Shift(0)(jnp.asarray(image), key=jax.random.key(seed))) == image).all()
-
-
-def test_shift_draws_every_offset_equally_often():
-    image, n = distinct(5, 5), 5000
-    out = jax.jit(jax.vmap(lambda key: Shift(2)(image, key=key)))(jax.random.split(jax.random.key(3), n))
-    counts = np.array([(np.asarray(out) == moved(image, i, j)).all((1, 2, 3)).sum() for i in range(-2, 3) for j in range(-2, 3)])
-    assert counts.sum() == n  # 25 different results, none else
-    assert ((counts - n / 25) ** 2 / (n / 25)).sum() < 52.6  # chi-square, 24 degrees of freedom: exceeded once in 1,500 keys
-
-
-def test_shift_under_jit_and_vmap_is_the_plain_one(getkey):
-    images, keys = jnp.stack([distinct(6, 4)] * 8), jax.random.split(getkey(), 8)
-    plain = jnp.stack([Shift(3)(image, key=key) for image, key in zip(images, keys)])
-    assert (jax.jit(jax.vmap(lambda image, key: Shift(3)(image, key=key)))(images, keys) == plain).all()
-
-
-@pytest.mark.parametrize("pixels", [-1, 1.5, True, "2"])
-def test_shift_refuses_bad_pixels(pixels):
-    with pytest.raises(InputError) as error: Shift(pixels)
-    assert f"`pixels` (={pixels!r})" in message(error)
-
-
-@given(st.sampled_from([1, 4, 5]), st.integers(-3, 3), st.integers(-3, 3))
-def test_warp_by_quarter_turns_and_whole_pixels_is_exact(side, rows, columns):
-    image = distinct(side, side)
-    for turns in range(4): assert (np.asarray(warp(jnp.asarray(image), turns * np.pi / 2, 1.0, (0.0, 0.0))) == np.rot90(image, turns)).all()
-    assert (np.asarray(warp(jnp.asarray(image), 0.0, 1.0, (float(rows), float(columns)))) == moved(image, rows, columns)).all()
-
-
-@given(st.floats(-0.4, 0.4), st.floats(0.8, 1.25), st.floats(-1, 1), st.floats(-1, 1))
-def test_warp_carries_a_linear_ramp_along(angle, factor, down, across):
-    # Bilinear interpolation is exact on a ramp, so away from the border the result is the ramp at the point that is carried there.
-    side, c = 15, 7
-    y, x = np.mgrid[:side, :side].astype(float)
-    out = np.asarray(warp(jnp.asarray((2 * x + 3 * y)[..., None], jnp.float32), angle, factor, (down, across)))[..., 0]
-    # Where a point goes: anticlockwise as seen, rows counted downwards.
-    turn = factor * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    v, u = np.linalg.inv(turn) @ np.stack([y - c - down, x - c - across]).reshape(2, -1)
-    expected = (2 * (u + c) + 3 * (v + c)).reshape(side, side)
-    inner = slice(4, 11)
-    np.testing.assert_allclose(out[inner, inner], expected[inner, inner], atol=1e-3)
-
-
-def test_affine_without_range_is_the_identity_and_moves_up_to_its_range(getkey):
-    image = np.zeros((21, 21, 1), np.float32)
-    image[10, 10] = 1
-    assert (Affine(0, 0, 0)(jnp.asarray(image), key=getkey()) == image).all()
-    out = np.asarray(jax.jit(jax.vmap(lambda key: Affine(3, 0, 0)(image, key=key)))(jax.random.split(getkey(), 400)))[..., 0]
-    centre = np.stack([(out.sum(2) * np.arange(21)).sum(1), (out.sum(1) * np.arange(21)).sum(1)])  # bilinear weights keep the mean
-    assert abs(centre - 10).max() <= 3.001 and (centre.min(1) < 7.2).all() and (centre.max(1) > 12.8).all()
-
-
-def test_affine_draws_its_four_amounts_from_their_ranges_and_apart(getkey):
-    image = np.zeros((21, 21, 1), np.float32)
-    image[10, [4, 16]] = 1  # 6 pixels left and right of the centre: what lies between them tells angle and factor, their middle the move
-    out = np.asarray(jax.jit(jax.vmap(lambda key: Affine(1, 30, 0.2)(image, key=key)))(jax.random.split(getkey(), 400)))[..., 0]
-    def place(part, first):
-        weight = part.sum((1, 2))
-        return np.stack([(part.sum(2) * np.arange(21)).sum(1), (part.sum(1) * np.arange(first, first + 10)).sum(1)]) / weight
-    left, right = place(out[:, :, :10], 0), place(out[:, :, 11:], 11)
-    (down, across), (row, column) = (left + right) / 2 - 10, (right - left) / 2
-    angle, factor = np.degrees(np.arctan2(-row, column)), np.hypot(row, column) / 6
-    # Interpolation puts each point off by less than half a pixel: 5 degrees and 0.08 at this distance.
-    for value, centre, reach, error in ((down, 0, 1, 0.5), (across, 0, 1, 0.5), (angle, 0, 30, 5), (factor, 1, 0.2, 0.08)):
-        assert abs(value - centre).max() < reach + error and value.min() < centre - reach / 2 and value.max() > centre + reach / 2
-    correlation = np.corrcoef([down, across, angle, factor]) - np.eye(4)
-    assert abs(correlation).max() < 0.25  # deviation 0.05 for 400 independent draws
-
-
-def test_affine_keeps_the_dtype_and_depends_on_the_key_only(getkey):
-    image, key = jnp.asarray(distinct(8, 8)), getkey()
-    out = Affine()(image, key=key)
-    assert out.dtype == jnp.uint8 and out.shape == image.shape
-    assert (out == Affine()(image, key=key)).all() and (out != Affine()(image, key=getkey())).any()
-
-
-@pytest.mark.parametrize("wrong", [dict(pixels=-1), dict(degrees=181), dict(degrees=-1), dict(scale=1), dict(scale=-0.1), dict(pixels=np.nan), dict(pixels=np.inf)])
-def test_affine_refuses_bad_ranges(wrong):
-    with pytest.raises(InputError) as error: Affine(**wrong)
-    assert all(f"`{name}` (={value!r})" in message(error) for name, value in wrong.items())
 
 
 # ---- the real thing
