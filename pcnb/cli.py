@@ -20,7 +20,7 @@ from . import __version__
 from .network import InputError
 from .data import SETS, describe
 from .training import Diverged
-from .recipes import (RECIPES, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, MLPSetting, Recipe,
+from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, LBFGSSetting, MLPSetting, Recipe, SGDSetting,
                           SweepSetting, compare, evaluate_run, find_recipe, from_json, train, _read_json)
 
 # %% ../nbs/11_cli.ipynb 7
@@ -48,12 +48,14 @@ DataFolder = Annotated[Path | None, arg(metavar="DIR", help="Folder of the data 
 class Train(Recipe):
     """Train a recipe's network and write its run's folder.
 
-    All settings are options, and their defaults are the recipe's. Another inference is named, and its options follow:
-    inference:gradient-descent --inference.steps 8 --inference.rate 0.3
+    All settings are options, and their defaults are the recipe's. Another inference or optimiser is named, and its options follow:
+    inference:gradient-descent --inference.steps 8 --inference.rate 0.3 optimiser:sgd --optimiser.lalr
     """
     network: AvoidSubcommands[MLPSetting | CNNSetting]
-    inference: (Annotated[GaussNewtonSetting, subcommand("gauss-newton")] | Annotated[GradientDescentSetting, subcommand("gradient-descent")]
+    inference: (Annotated[GaussNewtonSetting, subcommand("gauss-newton")] | Annotated[LBFGSSetting, subcommand("lbfgs")]
+                | Annotated[GradientDescentSetting, subcommand("gradient-descent")]
                 | Annotated[ErrorDescentSetting, subcommand("error-descent")] | Annotated[SweepSetting, subcommand("sweep")]) = GaussNewtonSetting()
+    optimiser: Annotated[AdamSetting, subcommand("adam")] | Annotated[SGDSetting, subcommand("sgd")] = AdamSetting()
     name: Suppress[Fixed[str]] = ""
     rule: Annotated[Literal["pc", "ipc", "backprop"], arg(
         help="Predictive coding, its incremental form (needs inference:gradient-descent), or backpropagation.")] = "pc"
@@ -63,6 +65,7 @@ class Train(Recipe):
     twin: Annotated[bool, arg(help="Train the backpropagation twin too, in RUN/twin; without effect on --rule backprop.")] = False
     overwrite: FlagCreatePairsOff[Annotated[bool, arg(help="Replace the run in the folder.")]] = False
     resume: FlagCreatePairsOff[Annotated[bool, arg(help="Go on with the run in the folder, which must have the same settings.")]] = False
+    record_every: Annotated[int, arg(metavar="N", help="Record every layer each N weight steps, in layers.jsonl and as maps in figures; 0: not.")] = 0
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only the result.")]] = False
 
     def __call__(self):
@@ -70,7 +73,7 @@ class Train(Recipe):
         if self.resume and self.overwrite: raise InputError("--resume and --overwrite exclude each other; leave out one.")
         recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
         out = self.out or Path("runs", f"{self.name}-{self.rule}-{self.seed}")
-        run = lambda *folder_and_rule, **how: train(self.name, recipe, *folder_and_rule, self.seed, self.data_dir, progress=not self.quiet, **how)
+        run = lambda *folder_and_rule, **how: train(self.name, recipe, *folder_and_rule, self.seed, self.data_dir, progress=not self.quiet, record_every=self.record_every, **how)
         runs = {out: run(out, self.rule, overwrite=self.overwrite, resume=self.resume)}
         if self.twin and self.rule != "backprop":
             if not self.quiet: print("its twin, trained by backpropagation:", flush=True)

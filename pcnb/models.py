@@ -108,10 +108,11 @@ def mlp(
     depth: int = 3, # layers with weights
     activation: Callable = jax.nn.gelu,
     skips: bool | int = False, # span of the identity skips, with branches scaled by `branch_gains` (notebook 03); True: past every hidden layer
+    gain: float = 1.0, # factor on the hidden layers' initial weights
     output_gain: float = 0.1, # factor on the output layer's initial weights
     *, key: Array,
 ) -> PCNetwork:
-    """A multilayer perceptron of `depth` layers; states have unit variance at initialisation.
+    """A multilayer perceptron of `depth` layers; with `gain` 1, states have unit variance at initialisation.
 
     With `skips`, state l+1 is predicted as `x_l` plus a branch; with a span k, state l+k as `x_l` plus a block of k layers. Raises `InputError` for sizes
     or a span below 1.
@@ -119,7 +120,7 @@ def mlp(
     _check_sizes(classes=classes, width=width, depth=depth)
     sizes, keys = [int(np.prod(in_shape)), *[width] * (depth - 1), classes], jax.random.split(key, depth)
     ends = residual_blocks(depth, int(skips)) if skips else ()
-    gains = [*branch_gains(depth, ends)[:-1], output_gain]
+    gains = [gain * g for g in branch_gains(depth, ends)[:-1]] + [output_gain]
     layers = [Dense(n, m, activation if l else identity, gain=g, key=k)
               for l, (n, m, g, k) in enumerate(zip(sizes, sizes[1:], gains, keys))]
     return PCNetwork(layers, in_shape, [Skip(*e) for e in ends])
