@@ -364,7 +364,7 @@ class LBFGS(AbstractInference):
         if not self.memory >= 1: raise InputError(f"memory is {self.memory}; expected at least 1.")
 
     def __call__(self, problem):
-        if not self.steps: return problem.ref, 0.0
+        if not (self.steps and problem.ref.eps): return problem.ref, 0.0
         whiten, at = _whitened(problem)
         memory, z = optax.scale_by_lbfgs(min(self.memory, self.steps)), whiten(problem.ref.eps)
         # Where a test follows, the gradient over the states shares its forward pass with the gradient over the errors.
@@ -373,6 +373,8 @@ class LBFGS(AbstractInference):
             (e, s), g = jax.value_and_grad(lambda z: (lambda s: (problem.total(s), s))(at(z)), has_aux=True)(z)
             return (z, s, g, residual(s)), e
         here, e = look(z)
+        kept = memory.init(z)
+        kept = kept._replace(weights_memory=kept.weights_memory.astype(e.dtype))  # Optax makes these of the default precision
         length = self._first_length(problem, at, *here[::2])
 
         def step(carry, last=False):
@@ -386,7 +388,7 @@ class LBFGS(AbstractInference):
             here, e, tries = _guarded(trial, (z, s, g, res), e, _dot(g, d), self.backtracks)
             return here, e, kept, passes + (1 if last else 3 if self.tolerance else 2) * tries
 
-        carry = here, e, memory.init(z), jnp.asarray(4.0 if self.tolerance else 3.0)
+        carry = here, e, kept, jnp.asarray(4.0 if self.tolerance else 3.0)
         if self.tolerance: carry, _ = _repeat(step, carry, self.steps, lambda c: c[0][3] <= self.tolerance * here[3])
         else:
             for i in range(self.steps): carry = step(carry, last=i + 1 == self.steps)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from pcnb.energy import BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError
-from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, Sweep, infer, wave
+from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep, infer, wave
 from pcnb.models import mlp
 from pcnb.network import InputError, PCNetwork, Skip
 
@@ -196,6 +196,25 @@ def by_gauss_newton(o, steps, cg_steps=None):
     return o.from_errors(o.split(z))
 
 
+def by_lbfgs(o, steps, memory):
+    "The inverse Hessian as a dense matrix, built anew from the last changes. Fails if a step raises the energy, for then the guard would act."
+    z = np.zeros(sum(o.sizes[1:-1]))
+    (g, M), changes = o.gauss_newton_system(z), []
+    for _ in range(steps):
+        if not changes: d = -(g @ g) / (g @ M @ g) * g
+        else:
+            s, t = changes[-1]
+            B, one = s @ t / (t @ t) * np.eye(len(z)), np.eye(len(z))
+            for s, t in changes[-memory:]: B = (one - np.outer(s, t) / (s @ t)) @ B @ (one - np.outer(t, s) / (s @ t)) + np.outer(s, s) / (s @ t)
+            d = -B @ g
+        new = z + d
+        assert o.energy_at(new) < o.energy_at(z)
+        slope = o.whitened_slope(new)
+        changes.append((d, slope - g))
+        z, g = new, slope
+    return o.from_errors(o.split(z))
+
+
 def agrees(o, algorithm, h, tol=1e-10):
     "All that `infer` reports, against NumPy at the states `h`."
     net, energy, x, y = o.problem()
@@ -224,6 +243,9 @@ STEPS = {
     "Gauss-Newton 2xfull": (GaussNewton(2, 4), lambda o: by_gauss_newton(o, 2)),
     "dual 1x2": (GaussNewton(1, 2, dual=True), lambda o: by_gauss_newton(o, 1, 2)),
     "dual 2xfull": (GaussNewton(2, 4, dual=True), lambda o: by_gauss_newton(o, 2)),
+    "LBFGS 1": (LBFGS(1), lambda o: by_gauss_newton(o, 1, 1)),
+    "LBFGS 3": (LBFGS(3), lambda o: by_lbfgs(o, 3, 10)),
+    "LBFGS 5, memory 2": (LBFGS(5, 2), lambda o: by_lbfgs(o, 5, 2)),
 }
 
 
@@ -236,7 +258,7 @@ def test_steps_against_numpy(name, loss, x64):
     agrees(o, algorithm, oracle(o))
 
 
-@pytest.mark.parametrize("name", ["gradient descent 3", "Gauss-Newton 1x2"])
+@pytest.mark.parametrize("name", ["gradient descent 3", "Gauss-Newton 1x2", "LBFGS 3"])
 def test_steps_of_the_bidirectional_energy(name, x64):
     algorithm, oracle = STEPS[name]
     o = Oracle(seed=1, loss=CrossEntropy(), alpha=(0.2, 0.5, 0.3, 0.4))
@@ -303,6 +325,7 @@ GUARDED = [  # depth, width, activation, loss, algorithm
     (6, 6, jnp.tanh, SquaredError(), GaussNewton(1, 2, dual=True)),
     (3, 4, jax.nn.relu, CrossEntropy(), GaussNewton(2, 2, dual=True)),
     (3, 5, jax.nn.gelu, SquaredError(), GaussNewton(2, 2, exact=True)),
+    (4, 5, jax.nn.relu, CrossEntropy(), LBFGS(4)),
 ]
 
 
@@ -312,7 +335,7 @@ def random_network(depth, width, act, rng, scale):
     return PCNetwork([Layer(scale * draw(m, n) / n ** 0.5, 0.1 * draw(m), act) for n, m in zip(sizes, sizes[1:])], (5,))
 
 
-@pytest.mark.parametrize("case", GUARDED, ids=lambda c: f"{c[0]}x{c[1]}-{c[2].__name__}-{kind(c[3])}-{'exact' if c[4].exact else 'dual' if c[4].dual else 'primal'}")
+@pytest.mark.parametrize("case", GUARDED, ids=lambda c: f"{c[0]}x{c[1]}-{c[2].__name__}-{kind(c[3])}-{'LBFGS' if isinstance(c[4], LBFGS) else 'exact' if c[4].exact else 'dual' if c[4].dual else 'primal'}")
 @given(seed=st.integers(0, 2**31), scale=st.floats(0, 4), decade=st.floats(-2, 2))
 def test_energy_never_rises(case, seed, scale, decade):
     depth, width, act, loss, algorithm = case
@@ -356,6 +379,7 @@ CONVERGED = {
     "Gauss-Newton": GaussNewton(60, 1, tolerance=1e-9),
     "dual 1xfull": GaussNewton(1, 3, dual=True),
     "exact 1xfull": GaussNewton(1, 3, exact=True),
+    "LBFGS": LBFGS(60, 4, tolerance=1e-9),
 }
 
 
@@ -398,7 +422,7 @@ def test_wave_against_brute_force(seed, depth, data):
 ALGORITHMS = {
     "gradient descent": GradientDescent(5), "gradient descent to a residual": GradientDescent(40, tolerance=0.3), "sweep": Sweep(2), "error descent": ErrorDescent(3),
     "Gauss-Newton": GaussNewton(1, 2), "Gauss-Newton to a residual": GaussNewton(9, 1, tolerance=0.05), "dual": GaussNewton(1, 2, dual=True),
-    "exact": GaussNewton(1, 2, exact=True)}
+    "exact": GaussNewton(1, 2, exact=True), "LBFGS": LBFGS(2), "LBFGS to a residual": LBFGS(9, tolerance=0.05)}
 every = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=list(ALGORITHMS))
 
 
@@ -449,7 +473,7 @@ def test_jit_is_no_jit(small):
 
 MAKE = {"gradient descent": lambda n: GradientDescent(n), "no wave": lambda n: GradientDescent(n, wavefront=False), "sweep": lambda n: Sweep(n, 0.05),
         "error descent": lambda n: ErrorDescent(n, optax.sgd(0.02)), "Gauss-Newton": lambda n: GaussNewton(n, 1), "dual": lambda n: GaussNewton(n, 1, dual=True),
-        "exact": lambda n: GaussNewton(n, 1, exact=True)}
+        "exact": lambda n: GaussNewton(n, 1, exact=True), "LBFGS": lambda n: LBFGS(n)}
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=list(MAKE))
@@ -474,7 +498,7 @@ def test_wave_saves_passes_and_nothing_else(small):
     assert (with_wave.passes < without.passes).all() and (without.passes == 12).all()
 
 
-@pytest.mark.parametrize("algorithm", [GradientDescent(5000, optax.sgd(0.1), tolerance=1e-2), GaussNewton(200, 1, tolerance=1e-2)], ids=["descent", "Gauss-Newton"])
+@pytest.mark.parametrize("algorithm", [GradientDescent(5000, optax.sgd(0.1), tolerance=1e-2), GaussNewton(200, 1, tolerance=1e-2), LBFGS(200, tolerance=1e-2)], ids=["descent", "Gauss-Newton", "LBFGS"])
 def test_tolerance_is_reached_and_not_overdone(algorithm, x64):
     o = Oracle(seed=7, sizes=(3, 4, 4, 3), skips=(), gain=1.3)
     net, energy, x, y = o.problem()
@@ -496,7 +520,8 @@ def test_one_layer_has_nothing_to_infer(algorithm):
 
 @pytest.mark.parametrize("make", [
     lambda: GradientDescent(-1), lambda: GradientDescent(tolerance=-1.0), lambda: GradientDescent(tolerance=float("nan")), lambda: Sweep(-1), lambda: Sweep(rate=-1.0),
-    lambda: ErrorDescent(-1), lambda: GaussNewton(-1), lambda: GaussNewton(1, -1), lambda: GaussNewton(tolerance=-0.1), lambda: GaussNewton(backtracks=-1)])
+    lambda: ErrorDescent(-1), lambda: GaussNewton(-1), lambda: GaussNewton(1, -1), lambda: GaussNewton(tolerance=-0.1), lambda: GaussNewton(backtracks=-1),
+    lambda: LBFGS(-1), lambda: LBFGS(tolerance=-0.1), lambda: LBFGS(backtracks=-1)])
 def test_negative_settings_are_refused(make):
     with pytest.raises(InputError, match="expected a number >= 0"): make()
 
@@ -506,6 +531,8 @@ def test_what_does_not_go_together_is_refused(small):
     call = lambda energy, algorithm: infer(net, energy, algorithm, x[0], y[0])
     with pytest.raises(InputError, match="dual=True has no exact form"): call(ForwardEnergy(), GaussNewton(dual=True, exact=True))
     with pytest.raises(InputError, match="dual=True needs ForwardEnergy"): call(BidirectionalEnergy(), GaussNewton(dual=True))
-    with pytest.raises(InputError, match="precisions > 0"): call(ForwardEnergy(precision=(1.0, 0.0)), GaussNewton())
+    for algorithm in (GaussNewton(), LBFGS()):
+        with pytest.raises(InputError, match="precisions > 0"): call(ForwardEnergy(precision=(1.0, 0.0)), algorithm)
+    with pytest.raises(InputError, match="memory is 0; expected at least 1"): LBFGS(memory=0)
     with pytest.raises(InputError, match="wavefront=False"): call(BidirectionalEnergy(difference=False), GradientDescent())
     with pytest.raises(InputError, match="jax.vmap"): infer(net, ForwardEnergy(), Sweep(), x, y)
