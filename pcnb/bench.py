@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['BENCH_NETWORKS', 'bench_network', 'bench_images', 'bench_inference', 'bench_rule', 'count_flops', 'Work',
-           'count_work', 'Program', 'compile_step', 'relative_difference', 'check_step', 'take_turns', 'spread',
-           'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench', 'bench_table', 'bench_figure', 'Bench',
-           'load_opponents']
+           'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'check_step', 'take_turns',
+           'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench', 'bench_table',
+           'bench_figure', 'Bench', 'load_opponents']
 
 # %% ../nbs/12_bench.ipynb 3
 import datetime
@@ -183,15 +183,24 @@ def compile_step(
     memory = m and m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     return Program(compiled, seconds, count_flops(_sgd_step(net, rule), *args), memory)
 
-# %% ../nbs/12_bench.ipynb 27
+# %% ../nbs/12_bench.ipynb 29
 def relative_difference(
     a, # a pytree of arrays
     b, # another one of the same structure
-) -> float: # largest over the leaves: largest difference of a leaf over the largest value of that leaf in `b`
+    floor: float = 1e-2, # values below are not resolved
+) -> float: # largest over the leaves: largest difference of a leaf, over the largest value of that leaf in `b` or the floor
     "How far `a` is from `b`; NaN counts as infinitely far."
-    gap = lambda u, v: float(jnp.max(jnp.abs(u - v)) / jnp.maximum(jnp.max(jnp.abs(v)), 1e-30))
+    gap = lambda u, v: float(jnp.max(jnp.abs(u - v)) / jnp.maximum(jnp.max(jnp.abs(v)), floor))
     gaps = [gap(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     return max(g if g == g else float("inf") for g in gaps)
+
+def check_batch(
+    x: Float[Array, "batch ..."],
+    y: Float[Array, "batch classes"],
+) -> tuple[Array, Array]: # of the same shapes
+    "A batch for checks: the first four examples over and over, with targets a thousand times as large."
+    index = np.arange(len(x)) % 4
+    return x[index], 1000 * y[index]
 
 def check_step(
     program: Program,
@@ -202,32 +211,31 @@ def check_step(
     tolerance: float = 1e-4, # of `relative_difference`
 ) -> float: # the difference found
     "Compare the program's gradient with the mean of single examples' gradients. Raises `RuntimeError` where they differ."
-    index = np.arange(len(x)) % 4
-    before, (after, _) = _weights(net), program.run(_weights(net), x[index], y[index], jnp.float32(1))
-    got = jax.tree.map(jnp.subtract, before, after)
+    x, y = check_batch(x, y)
+    before, (after, _) = _weights(net), program.run(_weights(net), x, y, jnp.float32(1))
     alone = eqx.filter_jit(lambda x, y: eqx.filter(rule.gradient(net, x, y)[0], eqx.is_array))
     each = [alone(x[i:i + 1], y[i:i + 1]) for i in range(min(4, len(x)))]
-    share = np.bincount(index) / len(index)
+    share = np.bincount(np.arange(len(x)) % 4) / len(x)
     want = jax.tree.map(lambda *g: sum(s * v for s, v in zip(share.tolist(), g)), *each)
-    off = relative_difference(got, want)
+    off = relative_difference(jax.tree.map(jnp.subtract, before, after), want)
     if not off <= tolerance: raise RuntimeError(f"the compiled step's gradient is {off:.1e} from the examples' mean; expected at most {tolerance:.0e}. Nothing was timed.")
     return off
 
-# %% ../nbs/12_bench.ipynb 30
+# %% ../nbs/12_bench.ipynb 32
 def take_turns(
     contestants: dict[object, Callable[[], None]], # each does its work and waits for it
     repetitions: int,
     least_seconds: float = 0.05, # of work in a turn; short work is repeated
     seed: int = 0,
 ) -> dict[object, list[float]]: # seconds of one piece of work, by repetition
-    "Time each contestant once in every repetition, in random order; each runs once before, untimed."
+    "Time each contestant once in every repetition, in random order; each runs before, untimed: once, and again to see how long it takes if short work is repeated."
     def once(f):
         start = time.perf_counter()
         f()
         return time.perf_counter() - start
     times, rng = {name: [] for name in contestants}, np.random.default_rng(seed)
     for f in contestants.values(): f()
-    count = {name: max(1, round(least_seconds / once(f))) for name, f in contestants.items()}
+    count = {name: max(1, round(least_seconds / once(f))) if least_seconds else 1 for name, f in contestants.items()}
     for _ in range(repetitions):
         for i in rng.permutation(len(contestants)):
             name, f = list(contestants.items())[i]
@@ -248,7 +256,7 @@ def paired(
     "Median of the ratios within repetitions."
     return statistics.median(u / v for u, v in zip(a, b, strict=True))
 
-# %% ../nbs/12_bench.ipynb 34
+# %% ../nbs/12_bench.ipynb 36
 @dataclass(frozen=True)
 class Case:
     "What is given to every contestant: one network, batch and rule."
@@ -292,7 +300,7 @@ def matmul_peak(
     times = take_turns({"": lambda: jax.block_until_ready(product(a, a))}, repetitions)
     return 2 * size ** 3 / min(times[""])
 
-# %% ../nbs/12_bench.ipynb 36
+# %% ../nbs/12_bench.ipynb 38
 def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions):
     "Measure all rules of one network at one batch size, each in all frameworks; one dict each."
     line_up = {(c.framework, case.name): c for case in cases for c in (contestant(case), *opponents(case))}
@@ -300,8 +308,7 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions):
     compiling = {key: [] for key in line_up}
     epochs = {key: partial(lambda key, f: compiling[key].append(f()), key, c.epoch) for key, c in line_up.items() if c.epoch}
     took = take_turns(epochs, epoch_repetitions, least_seconds=0) if epoch_repetitions else {}
-    # `take_turns` runs each twice before it counts
-    took = {key: [t - s for t, s in zip(ts, compiling[key][2:], strict=True)] for key, ts in took.items()}
+    took = {key: [t - s for t, s in zip(ts, compiling[key][1:], strict=True)] for key, ts in took.items()}  # the first was untimed
     rows, batch = [], len(cases[0].x)
     for (framework, name), c in line_up.items():
         t, twin, own = steps[framework, name], steps.get((framework, "backprop")), steps["pcnb", name]
@@ -314,7 +321,7 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions):
         rows.append(row)
     return rows
 
-# %% ../nbs/12_bench.ipynb 37
+# %% ../nbs/12_bench.ipynb 39
 def bench(
     networks: Sequence[str],
     batch_sizes: Sequence[int],
@@ -349,7 +356,7 @@ def bench(
                    machine=platform.machine(), versions=_versions(), commit=_commit(), taken=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     return dict(**machine, peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
 
-# %% ../nbs/12_bench.ipynb 39
+# %% ../nbs/12_bench.ipynb 41
 _COLUMNS = {  # heading -> text of a row, or None where a row has nothing to say
     "network": lambda r: r["network"],
     "batch": lambda r: str(r["batch_size"]),
@@ -404,7 +411,7 @@ def bench_figure(
         ax.legend(fontsize=8)
     return figure
 
-# %% ../nbs/12_bench.ipynb 40
+# %% ../nbs/12_bench.ipynb 42
 @dataclass(frozen=True)
 class Bench:
     """Measure training steps and epochs of predictive coding beside backpropagation.
