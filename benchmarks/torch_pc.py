@@ -1,0 +1,381 @@
+"""The algorithms of pcnb in PyTorch, for comparison only.
+
+    pcnb bench --against benchmarks/torch_pc.py        (needs `pip install torch` beside pcnb)
+
+Written as one would for speed. A batch is one tensor, images in channels_last. Everything but backpropagation runs without autograd: a
+layer is linearised once, as one elementwise factor (the activation's slope, and the choice of the maximum where it pools) before a linear map, and that
+serves all products with the Jacobian and its transpose; weight gradients are taken from inputs and errors directly. The only synchronisation is the
+guard's question whether an energy has risen. Chains of `Dense` and `Conv` with squared error and the forward energy of precision 1 are known.
+Each case runs eagerly and with torch.compile (which needs a C++ compiler), and both must agree with pcnb before they are timed.
+"""
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+from pcnb.bench import Case, Contestant, check_batch, relative_difference
+from pcnb.energy import ForwardEnergy, SquaredError
+from pcnb.inference import GaussNewton, GradientDescent, Sweep, wave
+from pcnb.learning import Backprop
+from pcnb.models import Conv, Dense
+from pcnb.network import InputError
+
+try:
+    import torch
+    import torch.nn.functional as F
+except ImportError:
+    raise InputError("torch is not installed; `pip install torch` beside pcnb, or leave out --against.") from None
+
+TOLERANCE = 1e-4
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "identity": lambda x: x}
+
+
+def tensor(a):
+    "An array of pcnb's as a tensor; images become (batch, channels, height, width), stored channels last."
+    t = torch.from_numpy(np.array(a))
+    return t.permute(0, 3, 1, 2) if t.ndim == 4 else t
+
+
+def flat(x): return x.permute(0, 2, 3, 1).flatten(1) if x.ndim == 4 else x
+
+
+def like(u, x):
+    "The inverse of `flat`, in the shape of `x`."
+    return u.unflatten(1, (*x.shape[2:], x.shape[1])).permute(0, 3, 1, 2) if x.ndim == 4 else u
+
+
+def dot(a, b): return sum((u * v).flatten(1).sum(1) for u, v in zip(a, b))
+
+
+def scaled(t, v): return t.view(-1, *[1] * (v.ndim - 1)) * v
+
+
+def axpy(t, a, b): return [scaled(t, u) + v for u, v in zip(a, b)]
+
+
+def ratio(a, b): return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+
+
+class Layer:
+    "One layer of a pcnb network. `weight`, `bias`: its tensors, shared with nobody."
+
+    def __init__(self, layer):
+        if type(layer) not in (Dense, Conv): raise InputError(f"benchmarks/torch_pc.py knows Dense and Conv layers; got {type(layer).__name__}.")
+        if layer.pool not in (1, 2): raise InputError(f"benchmarks/torch_pc.py pools by 2; got {layer.pool}.")
+        self.conv, self.pool, self.stride = isinstance(layer, Conv), layer.pool, getattr(layer, "stride", 1)
+        self.act = ACTIVATIONS[layer.activation.__name__]
+        weight = torch.from_numpy(np.array(layer.weight))
+        self.weight = weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last) if self.conv else weight
+        self.bias = torch.from_numpy(np.array(layer.bias))
+
+    def before(self, x):
+        "What the linear map sees: the state after activation and pooling."
+        a = self.act(x)
+        return a if self.pool == 1 else F.max_pool2d(a, self.pool)
+
+    def _pads(self, shape):
+        "Zeros at the start and the end of height and width, as XLA's SAME."
+        k, s = self.weight.shape[-1], self.stride
+        total = [max((-(-n // s) - 1) * s + k - n, 0) for n in shape[2:]]
+        return [(t // 2, t - t // 2) for t in total]
+
+    def linear(self, a, bias=None):
+        "The linear map, of an input or of a tangent."
+        if not self.conv: return F.linear(flat(a), self.weight, bias)
+        (top, bottom), (left, right) = self._pads(a.shape)
+        if (top, left) == (bottom, right): return F.conv2d(a, self.weight, bias, self.stride, (top, left))
+        return F.conv2d(F.pad(a, (left, right, top, bottom)), self.weight, bias, self.stride)
+
+    def __call__(self, x): return self.linear(self.before(x), self.bias)
+
+    def linearise(self, x):
+        "The factor that a tangent of `x` is multiplied with before it is pooled (as a sum) and mapped."
+        if self.act is ACTIVATIONS["identity"]: a, slope = x, torch.ones_like(x)
+        else:
+            a, pull = torch.func.vjp(self.act, x)
+            slope, = pull(torch.ones_like(a))
+        if self.pool == 1: return slope
+        top = (a == self._repeat(F.max_pool2d(a, self.pool), a)).to(a.dtype)
+        return slope * top / self._repeat(self._sum(top), a)  # equal maxima share
+
+    def _repeat(self, v, x):
+        v = F.interpolate(v, scale_factor=self.pool, mode="nearest")
+        return v if v.shape == x.shape else F.pad(v, (0, x.shape[3] - v.shape[3], 0, x.shape[2] - v.shape[2]), value=1)
+
+    def _sum(self, v): return F.avg_pool2d(v, self.pool, divisor_override=1)
+
+    def push(self, factor, t):
+        "Jacobian times the tangent `t` of the state before."
+        t = factor * t
+        return self.linear(t if self.pool == 1 else self._sum(t))
+
+    def pull(self, factor, u):
+        "Transposed Jacobian times `u`, of the shape of the state after."
+        pooled = (*factor.shape[:2], *(n // self.pool for n in factor.shape[2:])) if factor.ndim == 4 else factor.shape
+        if self.conv:
+            if self.stride > 1: raise InputError("benchmarks/torch_pc.py takes strides in the first layer only.")
+            v = torch.nn.grad.conv2d_input(pooled, self.weight, u, padding=self.weight.shape[-1] // 2)
+        else: v = like(u @ self.weight, factor if self.pool == 1 else torch.empty(pooled, device="meta"))
+        if self.pool > 1:
+            v = F.interpolate(v, scale_factor=self.pool, mode="nearest")
+            if v.shape != factor.shape: v = F.pad(v, (0, factor.shape[3] - v.shape[3], 0, factor.shape[2] - v.shape[2]))
+        return factor * v
+
+    def weight_gradients(self, x, u):
+        "Gradients of the mean over the batch of `u . layer(x)` in weight and bias."
+        a, u = self.before(x), u / len(u)
+        if not self.conv: return u.T @ flat(a), u.sum(0)
+        (top, bottom), (left, right) = self._pads(a.shape)
+        return torch.nn.grad.conv2d_weight(F.pad(a, (left, right, top, bottom)), self.weight.shape, u, self.stride), u.sum((0, 2, 3))
+
+
+class Network:
+    "The layers of a pcnb network."
+
+    def __init__(self, net):
+        if net.skips: raise InputError("benchmarks/torch_pc.py knows networks without skips.")
+        self.layers = [Layer(f) for f in net.layers]
+        self.waves = wave(net)
+
+    def parameters(self): return [p for f in self.layers for p in (f.weight, f.bias)]
+
+    def forward(self, x, eps=None):
+        "States 0 to L from the input and the hidden errors (None: zero)."
+        states = [x]
+        for i, f in enumerate(self.layers):
+            mu = f(states[-1])
+            states.append(mu + eps[i] if eps is not None and i < len(self.layers) - 1 else mu)
+        return states
+
+    def learn(self, states, eps, y, p):
+        "Weight gradients of the energy at the states, and nothing but local terms."
+        tops = [*[-e for e in eps], p * (states[-1] - y)]
+        return [g for f, x, u in zip(self.layers, states, tops) for g in f.weight_gradients(x, u)]
+
+
+class Inference:
+    "From a batch to its states, its hidden errors and the weight gradients. `compiled(f)` is f itself or torch.compile of it."
+
+    def __init__(self, net, energy, algorithm, compiled):
+        self.net, self.p, self.algorithm = net, float(energy.output_precision), algorithm
+        self.learn = compiled(net.learn)
+
+    def gradients(self, x, y):
+        out, states, eps = self(x, y)
+        return out, states, self.learn(states, eps, y, self.p)
+
+
+class NewtonSteps(Inference):
+    "Gauss-Newton in error coordinates, conjugate gradients with scalars for each example, guarded as in pcnb."
+
+    def __init__(self, net, energy, algorithm, compiled):
+        super().__init__(net, energy, algorithm, compiled)
+        self.direction, self.trial, self.start = compiled(self._direction), compiled(self._trial), compiled(net.forward)
+
+    def energy(self, states, eps, y): return 0.5 * dot(eps, eps) + 0.5 * self.p * ((states[-1] - y) ** 2).sum(1)
+
+    def _trial(self, x, y, eps, d, t):
+        eps = axpy(t, d, eps)
+        states = self.net.forward(x, eps)
+        return states, eps, self.energy(states, eps, y)
+
+    def _direction(self, x, y, states, eps):
+        "The solution of `k` iterations, its slope, the energy here, and the trial at the full step."
+        layers = self.net.layers[1:]
+        factors = [f.linearise(s) for f, s in zip(layers, states[1:-1])]
+
+        def A(v):
+            t = v[0]
+            for f, d, w in zip(layers, factors, [*v[1:], None]):
+                t = f.push(d, t)
+                if w is not None: t = t + w
+            return t
+
+        def At(u):
+            out = []
+            for f, d in zip(reversed(layers), reversed(factors)):
+                u = f.pull(d, u)
+                out.append(u)
+            return out[::-1]
+
+        g = axpy(torch.ones_like(y[:, 0]), eps, At(self.p * (states[-1] - y)))
+        r = q = [-v for v in g]
+        d, rr = [torch.zeros_like(v) for v in g], dot(r, r)
+        for i in range(self.algorithm.cg_steps):
+            out = A(q)
+            a = ratio(rr, dot(q, q) + self.p * (out * out).sum(1))
+            d = axpy(a, q, d)
+            if i + 1 == self.algorithm.cg_steps: break
+            r = axpy(-a, axpy(torch.ones_like(a), q, At(self.p * out)), r)
+            rr, old = dot(r, r), rr
+            q = axpy(ratio(rr, old), q, r)
+        one = torch.ones_like(y[:, 0])
+        return d, dot(g, d), self.energy(states, eps, y), *self._trial(x, y, eps, d, one)
+
+    def __call__(self, x, y):
+        states = self.start(x)
+        eps, out = [torch.zeros_like(s) for s in states[1:-1]], states[-1]
+        for _ in range(self.algorithm.steps):
+            d, slope, e, new_states, new_eps, new = self.direction(x, y, states, eps)
+            ceiling, t, k = e + 8 * torch.finfo(e.dtype).eps * e.abs(), torch.ones_like(e), 1
+            while k <= self.algorithm.backtracks and bool((rises := ~(new <= ceiling)).any()):
+                parabola = -slope * t * t / (2 * (new - e - slope * t))
+                shorter = torch.where(torch.isfinite(parabola), torch.clamp(parabola, 0.1 * t, 0.5 * t), 0.1 * t)
+                t, k = torch.where(rises, shorter, t), k + 1
+                new_states, new_eps, new = self.trial(x, y, eps, d, t)
+            if bool((rises := ~(new <= ceiling)).any()):  # given up: these stay where they are
+                keep = torch.where(rises, 0.0, t)
+                new_states, new_eps, _ = self.trial(x, y, eps, d, keep)
+            states, eps = new_states, new_eps
+        return out, states, eps
+
+
+class StateSteps(Inference):
+    "Gradient descent on the states, which leaves out what the wave has not reached, and the sweep."
+
+    def __init__(self, net, energy, algorithm, compiled):
+        super().__init__(net, energy, algorithm, compiled)
+        self.all = compiled(self._sweeps if isinstance(algorithm, Sweep) else self._steps)
+
+    def __call__(self, x, y): return self.all(x, y)
+
+    def _errors(self, layers, states, eps, which):
+        "Errors of the hidden states `which`, counted from 0, after the states have moved."
+        return [states[i + 1] - layers[i](states[i]) if i in which else e for i, e in enumerate(eps)]
+
+    def _steps(self, x, y):
+        layers, states = self.net.layers, self.net.forward(x)
+        out, n, rate = states[-1], len(layers) - 1, 0.1
+        eps = [torch.zeros_like(s) for s in states[1:-1]]
+        for t in range(1, self.algorithm.steps + 1):
+            active = [i for i in range(n) if self.net.waves[i] <= t]  # hidden state i is states[i + 1]
+            tops = [*eps, self.p * (y - states[-1])]
+            moved = {i + 1: states[i + 1] - rate * (eps[i] - layers[i + 1].pull(layers[i + 1].linearise(states[i + 1]), tops[i + 1])) for i in active}
+            states = [moved.get(i, s) for i, s in enumerate(states)]
+            eps = self._errors(layers, states, eps, set(active) | {i + 1 for i in active})
+            states[-1] = layers[-1](states[-2])
+        return out, states, eps
+
+    def _sweeps(self, x, y):
+        layers, states = self.net.layers, self.net.forward(x)
+        out, n = states[-1], len(layers) - 1
+        eps = [torch.zeros_like(s) for s in states[1:-1]]
+        for _ in range(self.algorithm.sweeps):
+            top = self.p * (y - states[-1])
+            for i in reversed(range(n)):
+                f, s = layers[i + 1], states[i + 1]
+                new = s - self.algorithm.rate * (eps[i] - f.pull(f.linearise(s), top))
+                top = eps[i] + new - s
+                states[i + 1] = new
+            eps = self._errors(layers, states, eps, set(range(n)))
+            states[-1] = layers[-1](states[-2])
+        return out, states, eps
+
+
+class Backpropagation:
+    "Autograd on the mean of half the squared distances."
+
+    def __init__(self, net, compiled):
+        self.net = net
+        self.loss = compiled(self._loss)
+
+    def _loss(self, x, y, *parameters):
+        states = self.net.forward(x)
+        return 0.5 * ((states[-1] - y) ** 2).sum(1).mean(), states
+
+    def gradients(self, x, y):
+        parameters = self.net.parameters()
+        for p in parameters: p.requires_grad_(True)
+        with torch.enable_grad():
+            loss, states = self.loss(x, y)
+            grads = torch.autograd.grad(loss, parameters)
+        for p in parameters: p.requires_grad_(False)
+        return states[-1].detach(), [s.detach() for s in states], grads
+
+
+def build(case, compiled):
+    "The case's rule in torch."
+    net, rule = Network(case.net), case.rule
+    if isinstance(rule, Backprop): return Backpropagation(net, compiled)
+    if type(rule.energy) is not ForwardEnergy or not isinstance(rule.energy.loss, SquaredError) or rule.energy.precision != 1:
+        raise InputError("benchmarks/torch_pc.py knows ForwardEnergy with squared error and precision 1.")
+    kinds = {GaussNewton: NewtonSteps, GradientDescent: StateSteps, Sweep: StateSteps}
+    if type(rule.inference) not in kinds: raise InputError(f"benchmarks/torch_pc.py knows gn, gd and sweep; got {case.name}.")
+    return kinds[type(rule.inference)](net, rule.energy, rule.inference, compiled)
+
+
+def reference(case):
+    "pcnb's states and weight gradients on the batch for checks."
+    def both(x, y):
+        found = jax.vmap(case.net.feedforward)(x) if isinstance(case.rule, Backprop) else case.rule.infer(case.net, x, y).states
+        return found.x, [p for f in case.rule.gradient(case.net, x, y)[0].layers for p in (f.weight, f.bias)]
+    return jax.jit(both)(*check_batch(case.x, case.y))
+
+
+def check(case, rule, want):
+    "Differences of states and weight gradients from pcnb's. Raises `RuntimeError` above the tolerance."
+    back = lambda *order: lambda t: (t.permute(*order) if t.ndim == 4 else t).numpy()
+    _, states, gradients = rule.gradients(*map(tensor, check_batch(case.x, case.y)))
+    got = list(map(back(0, 2, 3, 1), states)), list(map(back(2, 3, 1, 0), gradients))
+    off = {what: relative_difference(a, b) for what, a, b in zip(("states", "gradients"), got, want)}
+    if not max(off.values()) <= TOLERANCE:
+        raise RuntimeError(f"torch's {case.name} on {case.network} differs from pcnb's by {off}; expected at most {TOLERANCE:.0e}. Nothing was timed.")
+    return off
+
+
+@torch.inference_mode()
+def shifted(images, pixels):
+    "Each image moved by whole pixels; zeros come in."
+    n, h, w, _ = images.shape
+    padded, moves = F.pad(images, (0, 0, pixels, pixels, pixels, pixels)), torch.randint(0, 2 * pixels + 1, (2, n))
+    rows, columns = moves[0][:, None] + torch.arange(h), moves[1][:, None] + torch.arange(w)
+    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def contestant(case, want, framework, compiled):
+    "One way to run torch, checked."
+    grad = torch.no_grad() if isinstance(case.rule, Backprop) else torch.inference_mode()  # inference tensors cannot be trained by autograd
+    with grad:
+        rule = build(case, compiled)
+        x, y = tensor(case.x), tensor(case.y)
+        if x.ndim == 4: x = x.contiguous(memory_format=torch.channels_last)
+        start = time.perf_counter()
+        rule.gradients(x, y)
+        seconds = time.perf_counter() - start
+        off = check(case, rule, want)
+    mean, std = (torch.from_numpy(np.array(m)) for m in case.data.moments())
+    train, labels = torch.from_numpy(case.data.train_images), torch.from_numpy(case.data.train_labels).long()
+    test, test_labels = torch.from_numpy(case.data.test_images), torch.from_numpy(case.data.test_labels).long()
+    inputs = lambda images: ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def update(x, y):
+        out, _, gradients = rule.gradients(x, y)
+        torch._foreach_add_(rule.net.parameters(), list(gradients), alpha=-1e-3)
+        return out
+
+    def step():
+        with grad: update(x, y)
+
+    def epoch():
+        with grad:
+            order, seen = torch.randperm(len(train)), torch.zeros(2)
+            for i in range(0, len(train) - len(x) + 1, len(x)):
+                index = order[i:i + len(x)]
+                out = update(inputs(shifted(train[index], case.augment.pixels)), F.one_hot(labels[index], 10).float())
+                seen += torch.stack([(out.argmax(1) == labels[index]).sum(), 0.5 * ((out - F.one_hot(labels[index], 10)) ** 2).sum()])
+            score = torch.zeros(3)
+            for i in range(0, len(test), 500):
+                out, label = rule.net.forward(inputs(test[i:i + 500]))[-1], test_labels[i:i + 500]
+                ranked = out.topk(5).indices == label[:, None]
+                score += torch.stack([ranked[:, 0].sum(), ranked.sum(), 0.5 * ((out - F.one_hot(label, 10)) ** 2).sum()])
+            float(seen[0]), float(score[0])
+        return 0.0
+
+    return Contestant(framework, step, epoch, dict(compile_seconds=seconds, difference=off))
+
+
+def opponents(case: Case):
+    "Eager and compiled torch, with the weights of the case."
+    want = reference(case)
+    return [contestant(case, want, "torch", lambda f: f), contestant(case, want, "torch.compile", partial(torch.compile, dynamic=False))]

@@ -1,0 +1,208 @@
+"""Benchmarks: what is counted, how turns are taken, what is written, and what is refused. No time is asserted."""
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pcnb.bench as bench_module
+from pcnb.bench import (Program, Work, bench, bench_figure, bench_images, bench_inference, bench_network, bench_rule, bench_table, check_step, compile_step,
+                        count_flops, count_work, load_opponents, matmul_peak, paired, relative_difference, spread, take_turns)
+from pcnb.cli import main
+from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, Sweep
+from pcnb.models import Conv, Dense, mlp
+from pcnb.network import InputError
+from pcnb.learning import Backprop
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    "One small network instead of all, and a small matrix product as the peak."
+    monkeypatch.setattr(bench_module, "BENCH_NETWORKS", {"tiny": ((4, 4, 1), lambda in_shape, classes, key: mlp(in_shape, classes, 8, 3, key=key))})
+    monkeypatch.setattr(bench_module, "matmul_peak", lambda: matmul_peak(64, 1))
+
+
+# Counting
+
+def test_dense_layer_by_formula(getkey):
+    batch, n, m = 32, 300, 200
+    layer = Dense(n, m, key=getkey())
+    count = count_flops(lambda layer, x: jax.vmap(layer)(x), layer, jnp.ones((batch, n)))
+    assert count == 2 * batch * n * m + batch * m  # products and sums, and the bias
+
+
+def test_convolution_by_formula(getkey):
+    batch, side, n, m = 4, 12, 8, 16
+    layer = Conv(n, m, 3, key=getkey())
+    along = 3 * side - 2  # products along an axis: those with the zeros outside are not counted
+    want = 2 * batch * along ** 2 * n * m
+    assert count_flops(lambda layer, x: jax.vmap(layer)(x), layer, jnp.ones((batch, side, side, n))) == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize("length", [1, 3, 10])
+def test_loop_counts_as_often_as_it_runs(length):
+    W = jnp.ones((32, 32))
+    scanned = lambda x: jax.lax.scan(lambda x, _: (jnp.sin(x @ W), None), x, None, length=length)[0]
+    def unrolled(x):
+        for _ in range(length): x = jnp.sin(x @ W)
+        return x
+    assert count_flops(scanned, W) == count_flops(unrolled, W) >= length * 2 * 32 ** 3
+    double = lambda f: jax.grad(lambda x: jnp.sum(f(x)))
+    assert count_flops(double(scanned), W) == pytest.approx(count_flops(double(unrolled), W), rel=0.05)
+
+
+@given(st.integers(0, 2**16), st.booleans())
+def test_written_out_computes_the_same(seed, reverse):
+    x = jax.random.normal(jax.random.key(seed), (4, 3))
+    def f(x):
+        c, y = jax.lax.scan(lambda c, v: (jax.nn.gelu(c) + v, (c * v, v)), x[0], x, reverse=reverse)
+        return jax.jit(jnp.sort)(c), y, jax.lax.while_loop(lambda c: False, lambda c: 2 * c, x)
+    got = bench_module._written_out(jax.make_jaxpr(f)(x), x)
+    for u, v in zip(got, jax.tree.leaves(f(x)), strict=True): np.testing.assert_allclose(u, v, rtol=1e-5, atol=1e-5)  # rounding of sums of values near 1
+
+
+def test_work_of_a_perceptron(getkey):
+    net, batch = mlp((100,), 10, 200, 4, jnp.tanh, key=getkey()), 64
+    work = count_work(net, batch)
+    first, inner = 2 * batch * 100 * 200, 2 * batch * (2 * 200 * 200 + 200 * 10)
+    assert work.forward == pytest.approx(first + inner, rel=0.02) and work.inner == pytest.approx(inner, rel=0.02)
+    backprop = compile_step(net, Backprop(), jnp.ones((batch, 100)), jnp.ones((batch, 10))).flops
+    assert backprop == pytest.approx(work.least(1), rel=0.05)
+    assert Work(5.0, 3.0).least(4) == 22
+
+
+@pytest.mark.parametrize("name", ["gn1x1", "gn1x2", "gn2x2", "ed2", "sweep"])
+def test_no_step_goes_below_the_least(name, getkey):
+    net, x, y = mlp((32,), 10, 64, 4, key=getkey()), jnp.ones((16, 32)), jnp.ones((16, 10))
+    rule, passes = bench_rule(name, net)
+    assert compile_step(net, rule, x, y).flops >= count_work(net, 16).least(passes)
+
+
+@pytest.mark.parametrize("name, algorithm, passes", [
+    ("gn1x1", GaussNewton(1, 1), 3), ("gn3x2", GaussNewton(3, 2), 15), ("sweep", Sweep(), 2), ("sweep3", Sweep(3), 6),
+    ("gd2", GradientDescent(2), 2 * (1 + 2) / 3), ("gd5", GradientDescent(5), 2 * (1 + 2 + 3 + 3 + 3) / 3), ("ed4", ErrorDescent(4), 8),
+])
+def test_names_of_algorithms(name, algorithm, passes, getkey):
+    got, least = bench_inference(name, mlp((6,), 10, 5, 4, key=getkey()))
+    assert type(got) is type(algorithm) and least == pytest.approx(passes)
+    for field in ("steps", "cg_steps", "sweeps"): assert getattr(got, field, None) == getattr(algorithm, field, None)
+
+
+# Checks
+
+def test_check_passes_the_right_and_refuses_the_wrong(getkey):
+    net, x, y = mlp((6,), 10, 8, 3, key=getkey()), jax.random.normal(getkey(), (6, 6)), jax.nn.one_hot(jnp.arange(6), 10)
+    rule, _ = bench_rule("gn2x2", net)
+    program = compile_step(net, rule, x, y)
+    assert check_step(program, net, rule, x, y) <= 1e-4
+    for scale in (1.001, float("nan")):
+        def wrong(params, x, y, rate):
+            after, loss = program.run(params, x, y, rate)
+            return jax.tree.map(lambda v: v * scale, after), loss
+        with pytest.raises(RuntimeError, match="from the examples' mean; expected at most 1e-04. Nothing was timed"):
+            check_step(Program(wrong, 0.0, 0.0, None), net, rule, x, y)
+
+
+def test_relative_difference():
+    one = [jnp.array([4.0, 1.0]), jnp.array([0.001])]
+    assert relative_difference(one, one) == 0
+    assert relative_difference([jnp.array([5.0, 1.0]), one[1]], one) == pytest.approx(1 / 4)
+    assert relative_difference([one[0], jnp.array([0.002])], one) == pytest.approx(0.001 / 0.01)  # below the floor
+    assert relative_difference([one[0], jnp.array([jnp.nan])], one) == float("inf")
+    with pytest.raises(ValueError): relative_difference(one[:1], one)
+
+
+# Turns and statistics
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.floats(0.1, 10))
+def test_paired_ratio_is_free_of_drift(drift, factor): assert paired([factor * d for d in drift], drift) == pytest.approx(factor)
+
+
+def test_every_contestant_runs_once_a_repetition():
+    calls = []
+    times = take_turns({n: lambda n=n: calls.append(n) for n in "abc"}, 4, least_seconds=0)
+    rounds = [calls[i:i + 3] for i in range(0, len(calls), 3)]  # the first is untimed
+    assert len(rounds) == 5 and all(sorted(r) == list("abc") for r in rounds) and len({tuple(r) for r in rounds}) > 1
+    assert {n: len(t) for n, t in times.items()} == dict(a=4, b=4, c=4)
+
+
+def test_spread_is_of_the_values(): assert spread([4, 1, 3, 2, 5]) == dict(median=3, q1=2, q3=4)
+
+
+# The whole
+
+def test_rows_table_and_json(tiny, tmp_path, capsys):
+    out = tmp_path / "speed" / "b.json"
+    main(["bench", "--networks", "tiny", "--batch-sizes", "4", "8", "--inference", "gn1x1", "sweep", "--repetitions", "3", "--epoch-examples", "24", "--epoch-repetitions", "1", "--out", str(out)])
+    text = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert [(r["network"], r["batch_size"], r["framework"], r["rule"]) for r in result["rows"]] == [("tiny", b, "pcnb", n) for b in (4, 8) for n in ("backprop", "gn1x1", "sweep")]
+    assert result["versions"]["jax"] == jax.__version__ and {"device", "platform", "cores", "commit", "taken", "peak_flops_per_second", "epoch_examples"} <= result.keys()
+    for r in result["rows"]:
+        t = r["step_seconds"]
+        assert 0 < t["q1"] <= t["median"] <= t["q3"] and r["against_pcnb"] == 1 and r["difference"] <= 1e-4
+        assert r["examples_per_second"] == pytest.approx(r["batch_size"] / t["median"])
+        assert r["peak_fraction"] * result["peak_flops_per_second"] == pytest.approx(r["flops"] / t["median"])
+        assert (r["ratio"] == 1 and r["bound"] == 1) if r["rule"] == "backprop" else r["bound"] > 1
+        assert r["epoch_seconds"]["median"] > 0
+    heads, *rows = text.splitlines()[-7:]
+    assert heads.split()[:4] == ["network", "batch", "rule", "compile"] and "framework" not in heads
+    assert [row.split()[:3] for row in rows] == [["tiny", str(b), n] for b in (4, 8) for n in ("backprop", "gn1x1", "sweep")]
+    for head in ("compile s", "step ms", "examples/s", "bound", "epoch s"):  # right-aligned: each value ends where its heading does
+        end = heads.index(head) + len(head)
+        assert all(row[end - 1] not in " " and row[end:end + 1] in ("", " ") for row in rows)
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_opponent_joins(tiny, tmp_path):
+    path = tmp_path / "other.py"
+    path.write_text("from pcnb.bench import Contestant\ndef opponents(case): return [Contestant('other', lambda: None, None, dict(compile_seconds=0.0))] if case.name == 'gn1x1' else []\n")
+    result = bench(["tiny"], [4], ["gn1x1"], 3, opponents=load_opponents(path), progress=lambda _: None)
+    rows = {(r["framework"], r["rule"]): r for r in result["rows"]}
+    assert set(rows) == {("pcnb", "backprop"), ("pcnb", "gn1x1"), ("other", "gn1x1")}
+    assert rows["other", "gn1x1"]["ratio"] is None and rows["other", "gn1x1"]["against_pcnb"] < 1
+    heads, *lines = bench_table(result).splitlines()[1:]
+    assert "framework" in heads and "/pcnb" in heads and any(line.split()[2] == "other" for line in lines)
+    assert [ax.get_ylabel() for ax in bench_figure(result).axes] == ["step / backpropagation's", "step / pcnb's"]
+
+
+def test_images_are_of_the_form_asked_for():
+    data = bench_images((4, 4, 3), 60)
+    assert data.image_shape == (4, 4, 3) and len(data.train_images) == 60 and len(data.test_images) == 10 and data.n_classes == 10
+
+
+# Bad input
+
+@pytest.mark.parametrize("options, said", [
+    ("--networks mpl3", "network 'mpl3' is unknown; expected one of tiny"),
+    ("--inference newton", "inference 'newton' is unknown; expected a name like gn1x2"),
+    ("--batch-sizes 0", "batch_sizes is 0; expected at least 1"),
+    ("--repetitions 0", "repetitions is 0; expected at least 1"),
+    ("--epoch-repetitions 0", "epoch_repetitions is 0"),
+    ("--epoch-examples -1", "epoch_examples is -1"),
+    ("--epoch-examples 3", "epoch_examples is 3; expected 0, or at least the batch size 4"),
+    ("--inference gd-1", "inference 'gd-1' is unknown"),
+    ("--against none.py", "none.py is no file"),
+    ("--against empty.py", "empty.py has no function `opponents(case)`"),
+    ("--out b.txt", "b.txt does not end in .json"),
+    ("--out old.json", "old.json exists; use --overwrite"),
+])
+def test_refused(tiny, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "old.json").write_text("mine")
+    with pytest.raises(SystemExit) as stop: main(["bench", "--networks", "tiny", "--batch-sizes", "4", "--inference", "gn1x1", *options.split()])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and said in err
+    assert (tmp_path / "old.json").read_text() == "mine" and not (tmp_path / "runs").exists()
+
+
+def test_torch_side_says_how_to_get_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    with pytest.raises(InputError, match="torch is not installed; `pip install torch`"):
+        load_opponents(Path(__file__).resolve().parent.parent / "benchmarks" / "torch_pc.py")
