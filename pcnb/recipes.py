@@ -277,6 +277,8 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
     "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
     "mnist-mlp16": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=0.03), epochs=3),
+    "mnist-mlp16-sgd": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=1.0), optimiser=SGDSetting(lalr=True), epochs=3),
+    "mnist-mlp32-skip": Recipe("mnist", MLPSetting(128, 32, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=SGDSetting(lalr=True), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
 }
 
