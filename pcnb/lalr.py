@@ -5,16 +5,15 @@
 # %% auto 0
 __all__ = ['layer_groups', 'LalrState', 'lalr']
 
-# %% ../nbs/04_lalr.ipynb 2
+# %% ../nbs/04_lalr.ipynb 4
 from typing import NamedTuple
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 from .network import InputError
 
-# %% ../nbs/04_lalr.ipynb 4
+# %% ../nbs/04_lalr.ipynb 10
 def layer_groups(
     tree: PyTree, # parameters, gradients or states
 ) -> dict[str, list[int]]: # name of each layer -> positions of its leaves in jax.tree.leaves(tree)
@@ -28,13 +27,13 @@ def layer_groups(
         groups.setdefault(jax.tree_util.keystr(path[:index + 1]), []).append(i)
     return groups
 
-# %% ../nbs/04_lalr.ipynb 5
+# %% ../nbs/04_lalr.ipynb 14
 class LalrState(NamedTuple):
     "What `lalr` remembers."
     count: Int[Array, ""]         # updates seen
     norm: Float[Array, "layers"]  # running root mean square of each layer's gradient norm, from 0
 
-# %% ../nbs/04_lalr.ipynb 6
+# %% ../nbs/04_lalr.ipynb 15
 def _size(parts, dtype):
     "Euclidean norm of all entries together; their squares neither overflow nor underflow."
     parts = [jnp.ravel(p).astype(dtype) for p in parts]
@@ -46,7 +45,7 @@ def _layer_norms(leaves, groups, dtype): return jnp.array([_size([leaves[i] for 
 
 def _dtype(leaves): return jnp.result_type(jnp.float32, *leaves)
 
-# %% ../nbs/04_lalr.ipynb 7
+# %% ../nbs/04_lalr.ipynb 16
 def lalr(
     decay: float = 0.9, # of the running mean square; 0: the present gradient alone
 ) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, Skip
 
-# %% ../nbs/03_skip_connections.ipynb 11
+# %% ../nbs/03_skip_connections.ipynb 16
 def residual_blocks(
     depth: int, # layers of the network
     span: int = 1, # layers in each block
@@ -27,7 +27,7 @@ def residual_blocks(
     if span < 1: raise InputError(f"span is {span}; expected at least 1 layer.")
     return tuple((l, l + span) for l in range(1, depth - span, span))
 
-# %% ../nbs/03_skip_connections.ipynb 14
+# %% ../nbs/03_skip_connections.ipynb 19
 def _stride(n, m):
     "The stride that leaves `m` of `n` pixels: of a pooling, n // s, or else of a padded convolution, the same rounded up."
     if m and n // (n // m or 1) == m: return n // m
@@ -42,7 +42,7 @@ def _subsample(x, shape):
         x = jax.lax.slice_in_dim(x, 0, (m - 1) * s + 1, s, axis)
     return x
 
-# %% ../nbs/03_skip_connections.ipynb 16
+# %% ../nbs/03_skip_connections.ipynb 21
 class ZeroPad(eqx.Module):
     "Projection without parameters: every s-th pixel, and zeros in the channels that the state lacks. Option A of He et al., 2015."
     shape: tuple[int, ...] = eqx.field(static=True)   # of the result
@@ -68,7 +68,7 @@ class Projection(eqx.Module):
     def __call__(self, x: Array) -> Array: # of this shape
         return self.weight @ x.reshape(-1) if len(self.shape) == 1 else _subsample(x, self.shape) @ self.weight.T
 
-# %% ../nbs/03_skip_connections.ipynb 18
+# %% ../nbs/03_skip_connections.ipynb 23
 def zero_pad(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], key: Array | None) -> Callable:
     "Identity, or `ZeroPad` where the shapes differ."
     return eqx.nn.Identity() if src_shape == dst_shape else ZeroPad(dst_shape)
@@ -79,7 +79,7 @@ def learned_projection(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], k
     if key is None: raise InputError("a learned projection draws its weights; give add_skips a key.")
     return Projection(src_shape, dst_shape, key=key)
 
-# %% ../nbs/03_skip_connections.ipynb 19
+# %% ../nbs/03_skip_connections.ipynb 24
 def add_skips(
     net: PCNetwork, # is not changed
     span: int = 1, # layers that each skip leads past
@@ -96,7 +96,7 @@ def add_skips(
     skips = [Skip(s, d, projection(net.shapes[s], net.shapes[d], k)) for (s, d), k in zip(ends, keys)]
     return PCNetwork(net.layers, net.shapes[0], (*net.skips, *skips), net.decoders)
 
-# %% ../nbs/03_skip_connections.ipynb 21
+# %% ../nbs/03_skip_connections.ipynb 30
 def branch_gains(
     depth: int, # layers of the network
     ends: tuple[tuple[int, int], ...], # (src, dst) of each skip
@@ -114,7 +114,7 @@ def scale_branches(
     scaled = [jax.tree.map(lambda p: g * p if eqx.is_inexact_array(p) else p, f) for f, g in zip(net.layers, _gains(net))]
     return eqx.tree_at(lambda n: n.layers, net, tuple(scaled))
 
-# %% ../nbs/03_skip_connections.ipynb 23
+# %% ../nbs/03_skip_connections.ipynb 32
 class Scaled(eqx.Module):
     "`factor * layer(x)`, the factor a constant that is not trained."
     layer: Callable
@@ -133,7 +133,7 @@ def mupc(
     """
     def scaled(l, f, gain, k):
         weight = getattr(f, "weight", None)
-        if jnp.ndim(weight) != 2: raise InputError(f"layer {l} ({type(f).__name__}) has no weight of shape (n_out, n_in); muPC is for dense layers.")
+        if getattr(weight, "ndim", 0) != 2: raise InputError(f"layer {l} ({type(f).__name__}) has no weight of shape (n_out, n_in); muPC is for dense layers.")
         n = weight.shape[1]
         f = eqx.tree_at(lambda f: f.weight, f, jax.random.normal(k, weight.shape, weight.dtype))
         return Scaled(f, float(1 / n if 1 < l == net.depth else gain / np.sqrt(n)))
