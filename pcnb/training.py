@@ -175,7 +175,7 @@ def fit(
         order_key, augment_key = keys(epoch)
         fixed = fixed._replace(order=jax.random.permutation(order_key, len(fixed.images)), epoch=jnp.int32(epoch))
         see = None if callback is None else lambda i, net: callback(epoch * steps + i, net)
-        net, state, sums, seconds = _epoch(step, fixed, net, state, augment_key, steps, see, f"epoch {epoch + 1}/{epochs}", progress)
+        net, state, sums, seconds = _epoch(step, fixed, net, state, augment_key, steps, f"epoch {epoch + 1}/{epochs}", progress, see)
         line = _measure(net, rule, data, fixed, sums, steps * batch_size, seconds, diagnose_examples) | {"epoch": epoch + 1}
         metrics.append(line)
         if folder is not None:
@@ -186,7 +186,7 @@ def fit(
     return Run(net, metrics, compiling)
 
 # %% ../nbs/08_training.ipynb 21
-def _epoch(step, fixed, net, state, key, steps, see, label, progress):
+def _epoch(step, fixed, net, state, key, steps, label, progress, see):
     "One epoch of steps; returns the sums of their metrics and the seconds they took."
     start, sums = time.perf_counter(), []
     with tqdm(range(steps), desc=label, leave=False, disable=not progress) as bar:

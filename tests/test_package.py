@@ -16,8 +16,8 @@ import pcnb
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"]
-# `cli` is not part of `import pcnb`.
-MODULES = [m.name for m in pkgutil.iter_modules(pcnb.__path__) if not m.name.startswith("_") and m.name != "cli"]
+# `cli` and `bench` are not part of `import pcnb`.
+MODULES = [m.name for m in pkgutil.iter_modules(pcnb.__path__) if not m.name.startswith("_") and m.name not in ("cli", "bench")]
 
 # `values` holds every option of JAX by name.
 IMPORT = """
