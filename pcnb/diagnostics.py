@@ -138,7 +138,7 @@ def layer_figures(
         if logarithmic: b.set_yscale("log")
     return {"layer_maps": maps, "layer_curves": curves}
 
-# %% ../nbs/09_diagnostics.ipynb 25
+# %% ../nbs/09_diagnostics.ipynb 27
 def run_figures(
     metrics: list[dict], # the lines of a run's metrics.jsonl
     twin: list[dict] = (), # those of its backpropagation twin, if there is one
