@@ -126,10 +126,10 @@ def layer_figures(
         if not values.size: continue
         positive = values[values > 0]
         logarithmic = name != "cosine" and positive.size > 0
-        norm = LogNorm(max(positive.min(), positive.max() * 1e-8), positive.max() * (1 + 1e-6)) if logarithmic else Normalize(0, 1)
+        norm = LogNorm(max(positive.min(), positive.max() * 1e-8), positive.max() * (1 + 1e-6)) if logarithmic else Normalize(-1, 1)
         shown = np.ma.masked_where(~(values > 0), values) if logarithmic else values
         a.set_facecolor("0.8")
-        image = a.imshow(shown, norm=norm, aspect="auto", origin="lower", interpolation="nearest",
+        image = a.imshow(shown, norm=norm, cmap=None if logarithmic else "RdBu", aspect="auto", origin="lower", interpolation="nearest",
                          extent=(records[0][key], max(records[-1][key], records[0][key] + 1), 0.5, len(values) + 0.5))
         maps.colorbar(image, ax=a)
         a.set(xlabel="weight step" if key == "step" else "epoch", ylabel="layer", title=label)
