@@ -215,8 +215,8 @@ class SGDSetting:
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
-        trace = optax.trace(self.momentum) if _stepper(self.rate, self.momentum) and self.momentum else optax.identity()
-        return _layered(self.lalr, optax.chain(trace, optax.add_decayed_weights(self.weight_decay), optax.scale_by_learning_rate(_schedule(self, steps))))
+        if not 0 <= self.momentum < 1: raise InputError(f"momentum is {self.momentum}; expected 0 <= momentum < 1.")
+        return _layered(self.lalr, optax.chain(optax.trace(self.momentum), optax.add_decayed_weights(self.weight_decay), optax.scale_by_learning_rate(_schedule(self, steps))))
 
 @dataclass(frozen=True)
 class AugmentSetting:
