@@ -338,3 +338,12 @@ def test_process(run, tmp_path):
     version, modules = done.stdout.splitlines()
     assert version == f"pcnb {pcnb.__version__}" and not heavy & set(modules.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_commands_are_understood(monkeypatch):
+    called = []
+    for kind in COMMANDS.values(): monkeypatch.setattr(kind, "__call__", lambda self: called.append(self))
+    readme = (ROOT / "README.md").read_text()
+    lines = [line.split("#")[0].split()[1:] for line in readme.splitlines() if line.startswith("pcnb ")]
+    for argv in lines: main(argv)
+    assert {type(c) for c in called} == set(COMMANDS.values()) and len(called) == len(lines)
