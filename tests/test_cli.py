@@ -347,3 +347,12 @@ def test_readme_commands_are_understood(monkeypatch):
     lines = [line.split("#")[0].split()[1:] for line in readme.splitlines() if line.startswith("pcnb ")]
     for argv in lines: main(argv)
     assert {type(c) for c in called} == set(COMMANDS.values()) and len(called) == len(lines)
+
+
+def test_models_counts_weights_and_suggests(printed, refuse):
+    # vgg5 on 32x32x3: four 3x3 convolutions, four poolings by 2, a dense layer on 2x2x512
+    channels = (3, 128, 256, 512, 512)
+    weights = sum(9 * n * m + m for n, m in zip(channels, channels[1:])) + 4 * 512 * 10 + 10
+    assert f"{weights:,} weights" in next(line for line in printed("models").splitlines() if line.startswith("vgg5 "))
+    assert f"{weights:,}  5 layers, 0 skips" in printed("models", "vgg5")
+    assert "did you mean 'resnet9'?" in refuse("models", "resnet-9")
