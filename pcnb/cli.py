@@ -23,8 +23,8 @@ from .network import InputError
 from .models import MODELS, find_model, layer_table
 from .data import SETS, describe
 from .training import Diverged
-from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, LBFGSSetting, MLPSetting, Recipe, SGDSetting,
-                          SweepSetting, compare, evaluate_run, find_recipe, from_json, train, _read_json)
+from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
+                          SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, train, _read_json)
 from .bench import Bench
 
 # %% ../nbs/11_cli.ipynb 7
@@ -55,7 +55,7 @@ class Train(Recipe):
     All settings are options, and their defaults are the recipe's. Another inference or optimiser is named, and its options follow:
     inference:gradient-descent --inference.steps 8 --inference.rate 0.3 optimiser:sgd --optimiser.lalr
     """
-    network: AvoidSubcommands[MLPSetting | CNNSetting]
+    network: AvoidSubcommands[MLPSetting | CNNSetting | ImageNetworkSetting]
     inference: (Annotated[GaussNewtonSetting, subcommand("gauss-newton")] | Annotated[LBFGSSetting, subcommand("lbfgs")]
                 | Annotated[GradientDescentSetting, subcommand("gradient-descent")]
                 | Annotated[ErrorDescentSetting, subcommand("error-descent")] | Annotated[SweepSetting, subcommand("sweep")]) = GaussNewtonSetting()
@@ -206,5 +206,5 @@ def _help():
     return "\n".join(["Deep networks trained by predictive coding.", "", *lines, "", "Each has --help. pcnb --version prints the version."])
 
 def _train_help():
-    lines = [f"  {name:<12} {r.dataset}, {_kind(r.network)}, {r.epochs} epochs" for name, r in RECIPES.items()]
+    lines = [f"  {name:<22} {r.dataset}, {getattr(r.network, 'model', _kind(r.network))}, {r.epochs} epochs" for name, r in RECIPES.items()]
     return "\n".join(["usage: pcnb train NAME [options]", "", _first(Train), "", *lines, "", "pcnb train NAME --help lists all options and their defaults."])

@@ -271,6 +271,13 @@ def _pooled(shape, size):
     if min(h, w) < 1: raise InputError(f"the image is too small for this network: a state of {shape[0]}x{shape[1]} cannot be pooled by {size}.")
     return h, w
 
+def _stages(width, proportions):
+    "Channels of each stage: as given, or in `proportions` to those of the first."
+    widths = tuple(width * p for p in proportions) if isinstance(width, int) else tuple(width)
+    if len(widths) != len(proportions): raise InputError(f"width has {len(widths)} values; expected one number or {len(proportions)}, one a stage.")
+    _check_sizes(**{f"width of stage {i}": w for i, w in enumerate(widths)})
+    return widths
+
 def vgg(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
@@ -298,26 +305,27 @@ def vgg(
     layers.append(_parts(pool(2), norm(n) if norm else None, Dense(side[0] * side[1] * n, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape)
 
-def vgg5(in_shape: tuple[int, int, int], classes: int, *, key: Array, **choices) -> PCNetwork:
-    "Four convolutions, of 128, 256, 512 and 512 channels, with a pooling after each; `choices` as for `vgg`."
-    return vgg(in_shape, classes, ((128,), (256,), (512,), (512,)), key=key, **choices)
+def vgg5(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 128, *, key: Array, **choices) -> PCNetwork:
+    "Four convolutions, of 128, 256, 512 and 512 channels, with a pooling after each. `width`: channels of the first stage, the others in proportion, or of every stage; `choices` as for `vgg`."
+    return vgg(in_shape, classes, [(c,) for c in _stages(width, (1, 2, 4, 4))], key=key, **choices)
 
-def vgg7(in_shape: tuple[int, int, int], classes: int, *, key: Array, **choices) -> PCNetwork:
-    "Three stages of two convolutions, of 128, 256 and 512 channels; `choices` as for `vgg`."
-    return vgg(in_shape, classes, ((128,) * 2, (256,) * 2, (512,) * 2), key=key, **choices)
+def vgg7(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 128, *, key: Array, **choices) -> PCNetwork:
+    "Three stages of two convolutions, of 128, 256 and 512 channels; `width` as for `vgg5`, `choices` as for `vgg`."
+    return vgg(in_shape, classes, [(c, c) for c in _stages(width, (1, 2, 4))], key=key, **choices)
 
-def vgg9(in_shape: tuple[int, int, int], classes: int, *, key: Array, **choices) -> PCNetwork:
-    "Four stages of two convolutions, of 128, 256, 512 and 512 channels; `choices` as for `vgg`."
-    return vgg(in_shape, classes, ((128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2), key=key, **choices)
+def vgg9(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 128, *, key: Array, **choices) -> PCNetwork:
+    "Four stages of two convolutions, of 128, 256, 512 and 512 channels; `width` as for `vgg5`, `choices` as for `vgg`."
+    return vgg(in_shape, classes, [(c, c) for c in _stages(width, (1, 2, 4, 4))], key=key, **choices)
 
-def vgg10(in_shape: tuple[int, int, int], classes: int, *, key: Array, **choices) -> PCNetwork:
-    "A convolution of 64 channels, then four stages of two, of 128, 256, 512 and 512; `choices` as for `vgg`."
-    return vgg(in_shape, classes, ((64,), (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2), key=key, **choices)
+def vgg10(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 64, *, key: Array, **choices) -> PCNetwork:
+    "A convolution of 64 channels, then four stages of two, of 128, 256, 512 and 512; `width` as for `vgg5`, `choices` as for `vgg`."
+    first, *others = _stages(width, (1, 2, 4, 8, 8))
+    return vgg(in_shape, classes, [(first,), *((c, c) for c in others)], key=key, **choices)
 
 def airnet(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
-    widths: Sequence[int] = (64, 256, 256), # channels of the blocks
+    width: int | Sequence[int] = 64, # channels of the first of three blocks, the others with four times as many; or of every block
     patch: int = 24, # channels of the first, 2x2 convolution
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = layer_norm, # norm(channels) -> a part of a layer
@@ -329,7 +337,8 @@ def airnet(
 
     Raises `InputError` as `vgg`. Reference: Jordan 2024, arXiv:2404.00498; its first layer is fixed by whitening and its normalisation is over the batch, neither of which is done here.
     """
-    _check_image(in_shape, classes=classes, patch=patch, **{f"widths[{i}]": c for i, c in enumerate(widths)})
+    widths = _stages(width, (1, 4, 4) if isinstance(width, int) else (1,) * len(width))
+    _check_image(in_shape, classes=classes, patch=patch)
     keys = iter(jax.random.split(key, 2 * len(widths) + 2))
     layers, n, side = [conv(in_shape[-1], patch, 2, key=next(keys))], patch, in_shape[:2]
     for m in widths:
@@ -394,22 +403,23 @@ def resnet(
     layers.append(_parts(norm(shape[-1]) if norm else None, GlobalAverage(activation), Dense(shape[-1], classes, gain=output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, skips)
 
-def resnet18(in_shape: tuple[int, int, int], classes: int, width: int = 64, *, key: Array, **choices) -> PCNetwork:
-    "18 layers with weights, pre-activation: four stages of two blocks, from `width` to 8 times `width` channels; `choices` as for `resnet`."
-    return resnet(in_shape, classes, width, [width * 2**i for i in range(4)], (2,) * 4, key=key, **choices)
+def resnet18(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 64, *, key: Array, **choices) -> PCNetwork:
+    "18 layers with weights, pre-activation: four stages of two blocks, from `width` to 8 times `width` channels (or `width` of every stage); `choices` as for `resnet`."
+    widths = _stages(width, (1, 2, 4, 8))
+    return resnet(in_shape, classes, widths[0], widths, (2,) * 4, key=key, **choices)
 
-def wideresnet(in_shape: tuple[int, int, int], classes: int, depth: int = 16, widen: int = 4, *, key: Array, **choices) -> PCNetwork:
-    """Three stages of `(depth - 4) / 6` blocks, of 16, 32 and 64 times `widen` channels; `choices` as for `resnet`.
+def wideresnet(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 64, depth: int = 16, *, key: Array, **choices) -> PCNetwork:
+    """Three stages of `(depth - 4) / 6` blocks, from `width` to 4 times `width` channels (or `width` of every stage), after a convolution of 16; `choices` as for `resnet`.
 
-    The depth counts, as in the paper, the projections of two of the skips. Raises `InputError` for another depth. Reference: Zagoruyko and Komodakis 2016, arXiv:1605.07146.
+    The depth counts, as in the paper, the projections of two of the skips; the paper's widening factor is `width / 16`. Raises `InputError` for another depth. Reference: Zagoruyko and Komodakis 2016, arXiv:1605.07146.
     """
     if depth < 10 or (depth - 4) % 6: raise InputError(f"depth is {depth}; expected 10, 16, 22, 28 or another 6 n + 4.")
-    return resnet(in_shape, classes, 16, [16 * widen * 2**i for i in range(3)], ((depth - 4) // 6,) * 3, key=key, **choices)
+    return resnet(in_shape, classes, 16, _stages(width, (1, 2, 4)), ((depth - 4) // 6,) * 3, key=key, **choices)
 
 def resnet9(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
-    width: int = 64, # channels of the first convolution; the last have 8 times as many
+    width: int | Sequence[int] = 64, # channels of the first convolution, after each pooling twice as many; or before and after each pooling
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = None, # norm(channels) -> a part of a layer
     conv: Callable = Conv, # Conv or StandardisedConv
@@ -420,14 +430,14 @@ def resnet9(
 
     Raises `InputError` as `vgg`. The network is known from the DAWNBench speed runs (Page 2018); there each pooling follows its convolution, here it comes before it, at a quarter of the cost.
     """
-    _check_image(in_shape, classes=classes, width=width)
+    _check_image(in_shape, classes=classes)
     keys = iter(jax.random.split(key, 9))
     layer = lambda n, m, pool=None, gain=1.0: _parts(pool, norm(n) if norm else None, conv(n, m, 3, activation, gain=gain, key=next(keys)))
     block = lambda n: [layer(n, n), layer(n, n, gain=0.5**0.5)]
-    w, last = width, min(_pooled(in_shape, 8))
-    layers = [conv(in_shape[-1], w, 3, key=next(keys)), layer(w, 2 * w, MaxPool(2)), *block(2 * w), layer(2 * w, 4 * w, MaxPool(2)), layer(4 * w, 8 * w, MaxPool(2)), *block(8 * w)]
-    rest = (in_shape[0] // 8 // last) * (in_shape[1] // 8 // last) * 8 * w
-    layers.append(_parts(MaxPool(last), norm(8 * w) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
+    (a, b, c, d), last = _stages(width, (1, 2, 4, 8)), min(_pooled(in_shape, 8))
+    layers = [conv(in_shape[-1], a, 3, key=next(keys)), layer(a, b, MaxPool(2)), *block(b), layer(b, c, MaxPool(2)), layer(c, d, MaxPool(2)), *block(d)]
+    rest = (in_shape[0] // 8 // last) * (in_shape[1] // 8 // last) * d
+    layers.append(_parts(MaxPool(last), norm(d) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, [Skip(2, 4), Skip(6, 8)])
 
 # %% ../nbs/06_models.ipynb 46

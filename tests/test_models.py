@@ -38,6 +38,8 @@ def test_vgg_has_the_weights_of_its_name(f):
     normed, with_norm = sketch(f, (32, 32, 3), 10, norm=GroupNorm)
     assert with_norm - n == 2 * sum(channels) and normed.shapes == net.shapes  # a scale and a bias for each channel that is read
     assert sketch(f, (32, 32, 3), 10, conv=StandardisedConv)[1] - n == sum(channels)
+    small, _ = sketch(f, (32, 32, 3), 10, width=channels[0] // 8)
+    assert [shape[-1] for shape in small.shapes] == [3, *(c // 8 for c in channels), 10]
 
 
 def test_resnet18_has_18_layers_and_8_skips():
@@ -62,7 +64,7 @@ def test_resnet9_and_airnet_by_formula():
 def test_wideresnet_by_formula(depth, widen):
     blocks = (depth - 4) // 6
     channels = [16] + [16 * widen] * 2 * blocks + [32 * widen] * 2 * blocks + [64 * widen] * 2 * blocks
-    net, n = sketch(wideresnet, (32, 32, 3), 100, depth, widen)
+    net, n = sketch(wideresnet, (32, 32, 3), 100, 16 * widen, depth)
     assert net.depth == len(channels) + 1 and len(net.skips) == 3 * blocks
     assert n == convolutions([3, *channels]) + 64 * widen * 100 + 100
 
@@ -166,10 +168,10 @@ def test_layer_table_adds_up():
     (lambda: vgg5((784,), 10, key=KEY), "height, width, channels"), (lambda: vgg5((8, 8, 3), 10, key=KEY), "too small"),
     (lambda: airnet((4, 4, 3), 10, key=KEY), "too small"), (lambda: resnet9((7, 7, 3), 10, key=KEY), "too small"),
     (lambda: resnet18((28, 28, 1), 10, key=KEY), "divisible by 8"), (lambda: resnet((8, 8, 3), 10, 8, (8, 16), (1,), key=KEY), "2 stages and blocks 1"),
-    (lambda: wideresnet((32, 32, 3), 10, 18, key=KEY), "depth is 18"), (lambda: vgg((8, 8, 3), 0, ((8,),), key=KEY), "classes is 0"),
+    (lambda: wideresnet((32, 32, 3), 10, depth=18, key=KEY), "depth is 18"), (lambda: vgg((8, 8, 3), 0, ((8,),), key=KEY), "classes is 0"),
     (lambda: vgg((8, 8, 3), 3, ((0,),), key=KEY), "is 0; expected at least 1"), (lambda: GroupNorm(6, 4), "divisor of the 6 channels"),
-    (lambda: GroupNorm(6, 0), "divisor"), (lambda: vgg((8, 8, 3), 3, ((6,), (6,)), norm=GroupNorm, key=KEY), "divisor of the 6 channels"),
-], ids=range(12))
+    (lambda: GroupNorm(6, 0), "divisor"), (lambda: vgg9((32, 32, 3), 10, (8, 8), key=KEY), "width has 2 values"), (lambda: vgg((8, 8, 3), 3, ((6,), (6,)), norm=GroupNorm, key=KEY), "divisor of the 6 channels"),
+], ids=range(13))
 def test_bad_input(f, words):
     with pytest.raises(InputError) as error: f()
     assert words in str(error.value)

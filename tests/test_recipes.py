@@ -1,0 +1,131 @@
+"""Recipes: what a setting builds, against Optax's formulas and the augmentations themselves; image networks from the command line to the folder."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pcnb.recipes
+from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cutout, Flip, Mixup, Shift, augment_batch
+from pcnb.cli import main
+from pcnb.data import Dataset
+from pcnb.network import InputError
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, ImageNetworkSetting, SGDSetting, from_json, train
+
+RESULTS = sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json"))
+
+
+def pictures(n=32, side=8, classes=10, name="cifar10"):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (n, side, side, 3), np.uint8), np.arange(n) % classes
+    return Dataset(name, images, labels, images[:10], labels[:10], tuple(map(str, range(classes))))
+
+
+DATA = pictures()
+BATCH = Batch(jnp.asarray(DATA.train_images), jnp.eye(10)[DATA.train_labels], jnp.arange(32), jnp.int32(1))
+
+
+def same(a, b):
+    for key in jax.random.split(jax.random.key(3), 3):
+        a_, b_ = augment_batch(a, BATCH, key=key), augment_batch(b, BATCH, key=key)
+        for u, v in zip(a_, b_, strict=True): np.testing.assert_array_equal(u, v)
+
+
+@pytest.mark.parametrize("setting, change", [
+    (AugmentSetting(), None), (AugmentSetting(pixels=2), Shift(2)), (AugmentSetting(pixels=1, degrees=10.0), Affine(1, 10.0, 0.0)),
+    (AugmentSetting(flip="random"), Flip()), (AugmentSetting(flip="alternating"), AlternatingFlip()), (AugmentSetting(crop=3), Crop(3)),
+    (AugmentSetting(mixup=0.3), Mixup(0.3)), (AugmentSetting(cutmix=1.0), CutMix(1.0)),
+])
+def test_one_augmentation_draws_as_it_does_alone(setting, change):
+    "So that the recipes recorded before there were several keep their numbers."
+    same(setting.build(DATA), change)
+
+
+def test_several_augmentations_come_in_order_each_with_its_own_key():
+    built = AugmentSetting("random", crop=2, cutout=3, mixup=0.2).build(DATA)
+    assert [type(c) for c in built.changes] == [Flip, Crop, Cutout, Mixup]
+    grey = np.asarray(DATA.train_images).reshape(-1, 3).mean(0)
+    np.testing.assert_allclose(built.changes[2].fill, grey, rtol=1e-5)
+    def by_hand(batch, key):
+        for i, change in enumerate((Flip(), Crop(2), Cutout(3, built.changes[2].fill), Mixup(0.2))): batch = augment_batch(change, batch, key=jax.random.fold_in(key, i))
+        return batch
+    got, want = augment_batch(built, BATCH, key=jax.random.key(1)), by_hand(BATCH, jax.random.key(1))
+    for u, v in zip(got, want, strict=True): np.testing.assert_array_equal(u, v)
+
+
+@pytest.mark.parametrize("setting, said", [
+    (AugmentSetting(crop=1, pixels=1), "leave one at 0"), (AugmentSetting(mixup=0.1, cutmix=0.1), "leave one at 0"), (AugmentSetting("sideways"), "flip 'sideways' is unknown"),
+    (AugmentSetting(crop=-1), "-1"), (AugmentSetting(cutout=-1), "-1"), (AugmentSetting(mixup=-0.5), "-0.5"),
+])
+def test_augmentations_that_will_not_do(setting, said):
+    with pytest.raises(InputError) as error: setting.build(DATA)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: "/".join(p.parts[-3:-1]))
+def test_recorded_settings_still_mean_what_they_meant(path):
+    "What has become an option since then is off: one augmentation at most, decay of every array, no smoothing."
+    recipe = from_json(json.loads(path.read_text())["settings"])
+    assert recipe.label_smoothing == 0 and recipe.optimiser.decay_all and not getattr(recipe.optimiser, "nesterov", False)
+    assert isinstance(recipe.augment.build(DATA), (Shift, Affine, type(None)))
+
+
+# one step with a gradient of 1 and weights of 2, at the second step of two, where the rate is known
+PARAMS = {"weight": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}
+
+
+def steps(setting, n):
+    "The last of `n` updates, all with gradient 1, the rate held at its peak."
+    optimiser = replace(setting, warmup=0.0).build(10**6)  # a cosine over so many steps stays at its peak
+    state, ones = optimiser.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
+    for _ in range(n): updates, state = optimiser.update(ones, state, PARAMS)
+    return updates
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("everything", [False, True])
+def test_sgd_is_its_formula(nesterov, everything):
+    rate, m, decay = 0.1, 0.5, 0.25
+    v = 1 + m + m**2  # momentum after three gradients of 1
+    step = 1 + m * v if nesterov else v
+    got = steps(SGDSetting(rate, m, nesterov, weight_decay=decay, decay_all=everything), 3)
+    np.testing.assert_allclose(got["weight"], np.full((2, 3), -rate * (step + decay * 2)), rtol=1e-5)
+    np.testing.assert_allclose(got["bias"], np.full(3, -rate * (step + (decay * 2 if everything else 0))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_adam_decays_what_it_should(everything):
+    "With equal gradients Adam's step is the rate."
+    got = steps(AdamSetting(0.1, weight_decay=0.25, decay_all=everything), 3)
+    np.testing.assert_allclose(got["weight"], np.full((2, 3), -0.1 * (1 + 0.5)), rtol=1e-5)
+    np.testing.assert_allclose(got["bias"], np.full(3, -0.1 * (1 + (0.5 if everything else 0))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("options, said", [
+    ("--network.norm batches", "invalid choice 'batches' for argument '--network.norm'"), ("--network.model vgg6", "invalid choice 'vgg6'"),
+    ("--network.width 8 8", "width has 2 values; expected one number or 4"), ("--network.width 0", "width of stage 0 is 0"),
+    ("--network.width 12 --network.norm group", "divisor of the 12 channels"), ("--label-smoothing 1", "label_smoothing is 1.0"), ("--augment.mixup 1 --augment.cutmix 1", "leave one at 0"),
+    ("--augment.flip up", "invalid choice 'up'"),
+])
+def test_bad_options_of_image_networks(options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: pictures(side=32, name=name))
+    with pytest.raises(SystemExit) as stop: main(["train", "cifar10-resnet9", "--out", str(tmp_path / "run"), "--batch-size", "32", "--network.width", "8", *options.split()])
+    assert stop.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_smoothed_targets_reach_the_rule(tmp_path, monkeypatch):
+    "With no steps, the loss of an epoch is what NumPy says of the network's outputs and the smoothed targets."
+    data = pictures()
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
+    recipe = replace(RECIPES["cifar10-airnet"], network=ImageNetworkSetting(width=(2, 4)), augment=AugmentSetting(), epochs=1, batch_size=32, optimiser=AdamSetting(0.0))
+    summary = train("cifar10-airnet", recipe, tmp_path / "run", "backprop", progress=False)
+    assert summary["parameters"] == 4 * 3 * 24 + 24 + sum(9 * n * m + m for n, m in ((24, 2), (2, 2), (2, 4), (4, 4))) + 2 * (2 + 2 + 4 + 4) + 4 * 10 + 10
+    levels = data.train_images.reshape(-1, 3) / 255
+    x = (data.train_images / 255 - levels.mean(0)) / levels.std(0)
+    out = np.asarray(jax.vmap(recipe.network.build((8, 8, 3), 10, jax.random.key(0)))(jnp.asarray(x, jnp.float32)), np.float64)
+    y = 0.9 * np.eye(10)[data.train_labels] + 0.01
+    want = np.mean(np.log(np.exp(out).sum(1)) - (y * out).sum(1))
+    np.testing.assert_allclose(json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"], want, rtol=1e-4)
