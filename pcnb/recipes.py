@@ -28,7 +28,7 @@ import optax
 from .network import InputError, PCNetwork, parameter_count
 from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep
-from .skip import mupc
+from .skip import add_skips, mupc, scale_branches
 from .lalr import lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .models import Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
@@ -70,10 +70,13 @@ class CNNSetting:
     """Nonlinearity, applied to a state before the linear map."""
     stride: int = 2
     """Of the first, 5x5 convolution."""
+    skips: bool = False
+    """Skips past blocks of two 3x3 convolutions, zero-padded where channels change, with scaled branches (notebook 03)."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
-        return cnn(in_shape, classes, self.channels, activation(self.activation), self.stride, key=key)
+        net = cnn(in_shape, classes, self.channels, activation(self.activation), self.stride, key=key)
+        return scale_branches(add_skips(net, 2)) if self.skips else net
 
 # %% ../nbs/10_recipes.ipynb 7
 NORMS = {"none": dict(norm=None, conv=Conv), "layer": dict(norm=layer_norm, conv=Conv), "group": dict(norm=GroupNorm, conv=Conv),
@@ -339,6 +342,7 @@ RECIPES: dict[str, Recipe] = {
     "mnist-mlp16-sgd": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=1.0), optimiser=SGDSetting(lalr=True), epochs=3),
     "mnist-mlp32-skip": Recipe("mnist", MLPSetting(128, 32, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=SGDSetting(lalr=True), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
+    "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128)), energy=EnergySetting(output_precision=1.0, alpha=0.1, backward="anchor"), epochs=4, train_examples=10_000),
     "cifar10-airnet": _image("cifar10", "airnet", AdamSetting(4e-3, 0.2, 0.05, decay_all=False), AugmentSetting("alternating", crop=2), epochs=15),
     "cifar10-resnet9": _image("cifar10", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=30),
     "cifar10-vgg5": _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=4), epochs=30),
