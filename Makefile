@@ -31,7 +31,7 @@ test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test: $(READY) ## run the tests in the notebooks, then those in tests/
 	$(BIN)/nbdev_test --n_workers $(NB_WORKERS)
-	$(BIN)/python -m pytest -q -n $(NB_WORKERS) tests
+	$(BIN)/python -m pytest -q -n $(NB_WORKERS) --dist loadfile tests
 
 notebooks: $(READY) ## run all notebooks, or NB="00_network 01_energy", and store their outputs
 	$(BIN)/python tools/run_notebooks.py $(NB)
