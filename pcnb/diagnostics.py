@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from .network import InputError, PCNetwork
+from .network import InputError, PCNetwork, freeze
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding, layer_cosines
 
 # %% ../nbs/09_diagnostics.ipynb 7
@@ -56,10 +56,11 @@ def diagnose(
     loss = rule.loss if isinstance(rule, Backprop) else rule.energy.loss
     gradient, twin = rule.gradient(net, x, y)[0], Backprop(loss).gradient(net, x, y)[0]
     norms = jnp.stack([jnp.sqrt(sum(jnp.sum(p ** 2) for p in jax.tree.leaves(eqx.filter(f, eqx.is_inexact_array)))) for f in gradient.layers])
-    look = sensitivity(net, x, key=jax.random.key(0)) if net.depth > 1 else jnp.zeros(())
+    frozen = freeze(net, x)
+    look = sensitivity(frozen, x, key=jax.random.key(0)) if net.depth > 1 else jnp.zeros(())
     if isinstance(rule, Backprop):
         silent, one = jnp.zeros(net.depth), jnp.ones(())
-        out = jnp.mean(jax.vmap(loss)(jax.vmap(net)(x), y))
+        out = jnp.mean(jax.vmap(loss)(jax.vmap(frozen)(x), y))
         return Diagnosis(layer_cosines(gradient, twin), silent.at[-1].set(out), silent[1:], silent[1:], norms, one, one, jnp.zeros(()), look)
     if isinstance(rule, IncrementalPC): rule = PredictiveCoding(rule.energy, rule.inference)
     found = rule.infer(net, x, y)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
-from .network import InputError, PCNetwork, States
+from .network import BATCH, InputError, PCNetwork, States, freeze, live, statistics, with_statistics
 from .energy import AbstractEnergy, ForwardEnergy, SquaredError, layer_energies
 from .inference import AbstractInference, GaussNewton, GradientDescent, Inferred, Problem, infer
 
@@ -24,6 +24,7 @@ class Report(NamedTuple):
     output: Float[Array, "batch classes"]  # of the forward pass
     loss: Float[Array, ""]                 # nats, mean over the batch: the loss of that output
     energy: Float[Array, ""]               # nats, mean over the batch: after inference; the loss again for backpropagation
+    statistics: list = []                  # of the batch, where the network keeps such (notebook 00)
 
 # %% ../nbs/05_learning.ipynb 8
 class AbstractRule(eqx.Module):
@@ -38,9 +39,11 @@ class AbstractRule(eqx.Module):
         "The learning gradient, mean over the batch, as a network-shaped pytree; and the report."
 
 # %% ../nbs/05_learning.ipynb 9
-def _apply(net, optimiser, state, gradient):
+def _apply(net, optimiser, state, gradient, batch):
+    "The network after a step; its statistics move towards the batch's, whatever the optimiser made of them."
     updates, state = optimiser.update(gradient, state, eqx.filter(net, eqx.is_inexact_array))
-    return eqx.apply_updates(net, updates), state
+    moved = [s.towards(new) for s, new in zip(statistics(net), batch)]
+    return with_statistics(eqx.apply_updates(net, updates), moved), state
 
 # %% ../nbs/05_learning.ipynb 11
 class Backprop(AbstractRule):
@@ -49,14 +52,14 @@ class Backprop(AbstractRule):
 
     def gradient(self, net, x, y):
         def mean_loss(net):
-            out = jax.vmap(net)(x)
+            out = jax.vmap(live(net), axis_name=BATCH)(x)
             return jnp.mean(jax.vmap(self.loss)(out, y)), out
         (loss, out), gradient = eqx.filter_value_and_grad(mean_loss, has_aux=True)(net)
-        return gradient, Report(out, loss, loss)
+        return gradient, Report(out, loss, loss, statistics(freeze(net, x)))
 
     def update(self, net, optimiser, state, x, y):
         gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient), report
+        return *_apply(net, optimiser, state, gradient, report.statistics), report
 
 # %% ../nbs/05_learning.ipynb 13
 class PredictiveCoding(AbstractRule):
@@ -70,21 +73,25 @@ class PredictiveCoding(AbstractRule):
     held: bool = False                                # keep predictions at the feedforward state when learning
 
     def infer(self, net: PCNetwork, x: Array, y: Array) -> Inferred: # every field with a batch axis
-        "Inference of a batch, example by example."
-        return jax.vmap(infer, (None, None, None, 0, 0))(net, self.energy, self.inference, x, y)
+        "Inference of a batch, example by example; statistics are those of its feedforward pass."
+        return jax.vmap(infer, (None, None, None, 0, 0))(freeze(net, x), self.energy, self.inference, x, y)
 
     def gradient(self, net, x, y):
         found = self.infer(net, x, y)
         states = jax.vmap(_hold)(found) if self.held else found.states
-        learning = lambda net: jnp.mean(jax.vmap(lambda s, t, ref: self.energy.learning(net, s, t, ref))(states, y, found.ref))
-        out = found.ref.x[-1]
-        return eqx.filter_grad(learning)(net), Report(out, jnp.mean(jax.vmap(self.energy.loss)(out, y)), jnp.mean(found.energy.sum(-1)))
+        out, loss = found.ref.x[-1], jnp.mean(jax.vmap(self.energy.loss)(found.ref.x[-1], y))
+        return _learning_gradient(self.energy, net, states, y, found.ref), Report(out, loss, jnp.mean(found.energy.sum(-1)), statistics(freeze(net, x)))
 
     def update(self, net, optimiser, state, x, y):
         gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient), report
+        return *_apply(net, optimiser, state, gradient, report.statistics), report
 
 # %% ../nbs/05_learning.ipynb 14
+def _learning_gradient(energy, net, states, y, ref):
+    "Gradient in the weights of the mean over the batch, at these states."
+    mean = lambda net: jnp.mean(jax.vmap(lambda s, t, r: energy.learning(live(net), s, t, r), axis_name=BATCH)(states, y, ref))
+    return eqx.filter_grad(mean)(net)
+
 def _hold(found):
     "States to learn from if predictions stay at the feedforward state: its values, and the distance from them as errors."
     return States(found.ref.x, [a - b for a, b in zip(found.states.hidden, found.ref.hidden)])
@@ -119,9 +126,10 @@ class IncrementalPC(AbstractRule):
         return PredictiveCoding(self.energy, GradientDescent(1, self.inference.stepper, wavefront=False)).gradient(net, x, y)
 
     def update(self, net, optimiser, state, x, y):
-        ref = jax.vmap(net.feedforward)(x)
+        frozen = freeze(net, x)
+        ref, batch = jax.vmap(frozen.feedforward)(x), statistics(frozen)
         stepper = self.inference.stepper
-        params, static = eqx.partition(net, eqx.is_array)
+        params, static = eqx.partition(frozen, eqx.is_array)
         def step(carry, _):
             params, state, hidden, moving = carry
             net = eqx.combine(params, static)
@@ -130,13 +138,13 @@ class IncrementalPC(AbstractRule):
                 updates, moving = stepper.update(problem.gradient(hidden), moving, hidden)
                 return optax.apply_updates(hidden, updates), moving
             hidden, moving = jax.vmap(one)(hidden, moving, ref, y)
-            settled = lambda n: jax.vmap(lambda x0, h: n.from_states(x0, h))(x, hidden)
-            s = settled(net)
-            gradient = eqx.filter_grad(lambda n: jnp.mean(jax.vmap(lambda s, t, r: self.energy.learning(n, s, t, r))(s, y, ref)))(net)
+            s = jax.vmap(net.from_states)(x, hidden)
+            gradient = _learning_gradient(self.energy, net, s, y, ref)
             energy = jnp.mean(jax.vmap(lambda s, t, r: layer_energies(self.energy, net, s, t, r).sum())(s, y, ref))
-            net, state = _apply(net, optimiser, state, gradient)
+            net, state = _apply(net, optimiser, state, gradient, batch)  # the batch's statistics stay
             return (eqx.filter(net, eqx.is_array), state, hidden, moving), energy
         carry = (params, state, ref.hidden, jax.vmap(stepper.init)(ref.hidden))
         (params, state, _, _), energy = jax.lax.scan(step, carry, None, length=self.inference.steps)
         loss = jnp.mean(jax.vmap(self.energy.loss)(ref.x[-1], y))
-        return eqx.combine(params, static), state, Report(ref.x[-1], loss, energy[-1])
+        moved = [s.towards(new) for s, new in zip(statistics(net), batch)]
+        return with_statistics(eqx.combine(params, static), moved), state, Report(ref.x[-1], loss, energy[-1], batch)

@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['ACTIVATIONS', 'MODELS', 'second_moment', 'activation', 'identity', 'max_pool', 'Dense', 'Conv', 'mlp', 'cnn',
            'avg_pool', 'MaxPool', 'AvgPool', 'GlobalAverage', 'Chain', 'GroupNorm', 'layer_norm', 'StandardisedConv',
-           'vgg', 'vgg5', 'vgg7', 'vgg9', 'vgg10', 'airnet', 'PoolAndPad', 'pool_and_pad', 'strided_projection',
-           'resnet', 'resnet18', 'wideresnet', 'resnet9', 'layer_table', 'find_model']
+           'BatchNorm', 'BatchNormConv', 'vgg', 'vgg5', 'vgg7', 'vgg9', 'vgg10', 'airnet', 'PoolAndPad', 'pool_and_pad',
+           'strided_projection', 'resnet', 'resnet18', 'wideresnet', 'resnet9', 'layer_table', 'find_model']
 
 # %% ../nbs/06_models.ipynb 3
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from .network import InputError, PCNetwork, Skip, parameter_count
+from .network import InputError, PCNetwork, Skip, Statistics, parameter_count
 from .skip import branch_gains, residual_blocks
 
 # %% ../nbs/06_models.ipynb 6
@@ -89,7 +89,7 @@ class Dense(eqx.Module):
 class Conv(eqx.Module):
     "A convolution of `activation(x)` over an image in height, width, channels; zero padding, so that stride 1 keeps the size."
     weight: Float[Array, "k k n_in n_out"]
-    bias: Float[Array, "n_out"]
+    bias: Float[Array, "n_out"] | None
     activation: Callable = eqx.field(static=True)
     pool: int = eqx.field(static=True)
     stride: int = eqx.field(static=True)
@@ -102,16 +102,17 @@ class Conv(eqx.Module):
         pool: int = 1, # window of the maximum taken after it
         stride: int = 1,
         gain: float = 1.0, # factor on the weights' standard deviation 1/sqrt(size size n_in m_2)
+        bias: bool = True, # whether there is one
         *, key: Array,
     ):
         scale = gain / np.sqrt(size * size * n_in * second_moment(activation))
-        self.weight, self.bias = scale * jax.random.normal(key, (size, size, n_in, n_out)), jnp.zeros(n_out)
+        self.weight, self.bias = scale * jax.random.normal(key, (size, size, n_in, n_out)), jnp.zeros(n_out) if bias else None
         self.activation, self.pool, self.stride = activation, pool, stride
 
     def __call__(self, x):
         x = max_pool(self.activation(x), self.pool)
         out = jax.lax.conv_general_dilated(x[None], self.weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return out[0] + self.bias[None, None]
+        return out[0] if self.bias is None else out[0] + self.bias[None, None]
 
 # %% ../nbs/06_models.ipynb 19
 def mlp(
@@ -256,6 +257,40 @@ class StandardisedConv(eqx.Module):
         return eqx.tree_at(lambda c: c.weight, self.conv, w)(x)
 
 # %% ../nbs/06_models.ipynb 38
+class BatchNorm(eqx.Module):
+    """Subtracts the mean of each channel and divides by its deviation, both from `statistics`; then scale and bias of each channel.
+
+    Reference: Ioffe and Szegedy 2015, arXiv:1502.03167."""
+    scale: Float[Array, "c"]
+    bias: Float[Array, "c"]
+    statistics: Callable # z -> (mean, variance): running, frozen or live
+
+    def __init__(self,
+        channels: int,
+        scale: float = 1.0, # at initialisation
+        momentum: float = 0.1, # share that a new batch takes in the running statistics
+    ):
+        if not 0 <= momentum <= 1: raise InputError(f"momentum is {momentum}; expected a number from 0 to 1.")
+        self.scale, self.bias = jnp.full(channels, scale), jnp.zeros(channels)
+        self.statistics = Statistics(jnp.zeros(channels), jnp.ones(channels), momentum)
+
+    def __call__(self, x):
+        mean, variance = self.statistics(x)
+        rest = (1,) * (x.ndim - 1) + (-1,)
+        factor = self.scale * jax.lax.rsqrt(variance + 1e-5)
+        return (x - mean.reshape(rest)) * factor.reshape(rest) + self.bias.reshape(rest)
+
+class BatchNormConv(eqx.Module):
+    "`Conv` without bias, then `BatchNorm`, whose scale begins at `gain`."
+    conv: Conv
+    norm: BatchNorm
+
+    def __init__(self, n_in, n_out, size=3, activation=identity, pool=1, stride=1, gain=1.0, *, key):
+        self.conv, self.norm = Conv(n_in, n_out, size, activation, pool, stride, bias=False, key=key), BatchNorm(n_out, gain)
+
+    def __call__(self, x): return self.norm(self.conv(x))
+
+# %% ../nbs/06_models.ipynb 41
 def _check_image(in_shape, **sizes):
     if len(in_shape) != 3: raise InputError(f"in_shape is {tuple(in_shape)}; a convolutional network takes (height, width, channels).")
     _check_sizes(**sizes)
@@ -350,7 +385,7 @@ def airnet(
     layers.append(_parts(MaxPool(last), norm(n) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape)
 
-# %% ../nbs/06_models.ipynb 41
+# %% ../nbs/06_models.ipynb 44
 class PoolAndPad(eqx.Module):
     "Mean over windows, then zeros in the channels that are new."
     size: int = eqx.field(static=True)
@@ -440,11 +475,12 @@ def resnet9(
     layers.append(_parts(MaxPool(last), norm(d) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, [Skip(2, 4), Skip(6, 8)])
 
-# %% ../nbs/06_models.ipynb 46
+# %% ../nbs/06_models.ipynb 49
 def _kind(module):
     "What a layer or the module of a skip does, in a few words."
     if isinstance(module, Chain): return ", ".join(_kind(p) for p in module.parts)
     if isinstance(module, StandardisedConv): return "standardised " + _kind(module.conv)
+    if isinstance(module, BatchNormConv): return _kind(module.conv) + ", BatchNorm"
     name = getattr(module, "__name__", type(module).__name__)
     if isinstance(module, Conv): name += f" {module.weight.shape[0]}x{module.weight.shape[1]}" + (f" stride {module.stride}" if module.stride > 1 else "")
     if isinstance(module, (MaxPool, AvgPool)): name += f" {module.size}"
@@ -464,7 +500,7 @@ def layer_table(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
 
-# %% ../nbs/06_models.ipynb 52
+# %% ../nbs/06_models.ipynb 55
 MODELS = {f.__name__: f for f in (mlp, cnn, airnet, vgg5, vgg7, vgg9, vgg10, resnet9, resnet18, wideresnet)}
 
 def find_model(

@@ -31,7 +31,7 @@ from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDes
 from .skip import add_skips, mupc, scale_branches
 from .lalr import lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
-from .models import Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
+from .models import BatchNormConv, Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
 from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
 from .data import Dataset, Scale, load
 from .diagnostics import Recorder, layer_figures, run_figures
@@ -80,7 +80,7 @@ class CNNSetting:
 
 # %% ../nbs/10_recipes.ipynb 7
 NORMS = {"none": dict(norm=None, conv=Conv), "layer": dict(norm=layer_norm, conv=Conv), "group": dict(norm=GroupNorm, conv=Conv),
-         "standardised": dict(norm=None, conv=StandardisedConv)}
+         "standardised": dict(norm=None, conv=StandardisedConv), "batch": dict(norm=None, conv=BatchNormConv)}
 
 @dataclass(frozen=True)
 class ImageNetworkSetting:
@@ -89,8 +89,8 @@ class ImageNetworkSetting:
     """Which one; `pcnb models` lists them."""
     width: tuple[int, ...] = ()
     """Channels of the first stage, the others in the model's proportion, or of every stage; none: as the model is known."""
-    norm: Literal["none", "layer", "group", "standardised"] = "layer"
-    """Normalisation: none, of layers, of groups of 8 channels, or of each filter's weights."""
+    norm: Literal["none", "layer", "group", "standardised", "batch"] = "layer"
+    """Normalisation: none, of layers, of groups of 8 channels, of each filter's weights, or over the batch."""
     activation: Activation = "gelu"
     """Nonlinearity, applied to a state before the linear map."""
 
