@@ -27,9 +27,11 @@ train: $(READY) ## train a small network on the digits set; results in runs/digi
 
 # The workers share a GPU where there is one, so none of them may claim all its memory at the start.
 test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
+# Most of the time goes into compiling programs that run once: the machine code need not be fast.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test: $(READY) ## run the tests in the notebooks, then those in tests/
 	$(BIN)/nbdev_test --n_workers $(NB_WORKERS)
-	$(BIN)/python -m pytest -q -n $(NB_WORKERS) tests
+	$(BIN)/python -m pytest -q -n $(NB_WORKERS) --dist loadfile tests
 
 notebooks: $(READY) ## run all notebooks, or NB="00_network 01_energy", and store their outputs
 	$(BIN)/python tools/run_notebooks.py $(NB)

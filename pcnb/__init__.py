@@ -4,10 +4,12 @@ __version__ = "0.1.0"
 from .network import *
 from .energy import *
 from .inference import *
+from .schedules import *
 from .skip import *
 from .lalr import *
 from .learning import *
 from .models import *
+from .decoders import *
 from .data import *
 from .augmentation import *
 from .diagnostics import *

@@ -8,6 +8,7 @@ __all__ = ['Problem', 'AbstractInference', 'Inferred', 'infer', 'wave', 'Gradien
 
 # %% ../nbs/02_inference.ipynb 4
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 import equinox as eqx
 import jax
@@ -115,14 +116,18 @@ class GradientDescent(AbstractInference):
 
     `wavefront` leaves out gradients that are zero because the error has not arrived yet. That is exact for energies that are at rest
     at the feedforward state (forward, and difference form) and steppers that keep zero at zero (not with weight decay or noise).
-    Raises `InputError` for negative steps or tolerance, or the wave with an energy in plain form. Source: Whittington and Bogacz, 2017, eq. 2.16.
+    Raises `InputError` for negative steps or tolerance, the wave with an energy in plain form, or a tolerance beside a schedule. Source: Whittington and
+    Bogacz, 2017, eq. 2.16; schedules in notebook 02b.
     """
     steps: int = 16                                        # at most
     stepper: optax.GradientTransformation = optax.sgd(0.1) # makes the step from the gradient
     tolerance: float = 0.0                                 # stop at this relative residual, once the wave has passed; 0: never
     wavefront: bool = True                                 # leave out states that the error has not reached
+    schedule: Callable | None = None                       # schedule(net, energy, t) -> the energy that step t = 1, 2, .. descends; None: the problem's
 
-    def __check_init__(self): _check(steps=self.steps, tolerance=self.tolerance)
+    def __check_init__(self):
+        _check(steps=self.steps, tolerance=self.tolerance)
+        if self.tolerance and self.schedule is not None: raise InputError("a tolerance needs an energy that stays; use steps=... with a schedule.")
 
     def __call__(self, problem):
         hidden, n = problem.ref.hidden, len(problem.ref.hidden)
@@ -131,10 +136,11 @@ class GradientDescent(AbstractInference):
         early = min(self.steps, max(waves, default=1) - 1)
         for t in range(1, early + 1):
             active = [i for i in range(n) if waves[i] <= t]
-            carry, passes = self._step(carry, self._gradient(problem, carry[0], active)), passes + (2 * len(active) + 1) / (n + 1)
-        everything = lambda h: self._gradient(problem, h, range(n))
+            carry, passes = self._step(carry, self._gradient(self._at(problem, t), carry[0], active)), passes + (2 * len(active) + 1) / (n + 1)
+        everything = lambda h, t=None: self._gradient(self._at(problem, t), h, range(n))
         if not self.tolerance:
-            (hidden, _), k = _repeat(lambda c: self._step(c, everything(c[0])), carry, self.steps - early)
+            follow = lambda c: (self._step(c[0], everything(c[0][0], c[1])), c[1] + 1)
+            ((hidden, _), _), k = _repeat(follow, (carry, early + 1), self.steps - early)
         else:
             start = _norm(problem.gradient(problem.ref.hidden))
             follow = lambda c: (c, everything(c[0]))  # the gradient after a step serves the test and the next step
@@ -142,6 +148,9 @@ class GradientDescent(AbstractInference):
                                           lambda c: _norm(c[1]) <= self.tolerance * start)
         tests = 4.0 if self.tolerance else 0.0  # the gradients at the start and after the last step
         return problem.at_states(hidden), passes + 2.0 * k + tests
+
+    def _at(self, problem, t):
+        return problem if self.schedule is None else Problem(problem.net, self.schedule(problem.net, problem.energy, t), problem.y, problem.ref)
 
     def _rides(self, energy):
         plain = not getattr(energy, "difference", True)

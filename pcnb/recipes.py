@@ -26,12 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from .network import InputError, PCNetwork, parameter_count
-from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError, Tied
+from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, Learned, SquaredError, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep
-from .skip import mupc
+from .schedules import Relay, Spike
+from .skip import add_skips, mupc, scale_branches
 from .lalr import lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .models import BatchNormConv, Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
+from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
 from .data import Dataset, Scale, load
 from .diagnostics import Recorder, layer_figures, run_figures
@@ -70,10 +72,13 @@ class CNNSetting:
     """Nonlinearity, applied to a state before the linear map."""
     stride: int = 2
     """Of the first, 5x5 convolution."""
+    skips: bool = False
+    """Skips past blocks of two 3x3 convolutions, zero-padded where channels change, with scaled branches (notebook 03)."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
-        return cnn(in_shape, classes, self.channels, activation(self.activation), self.stride, key=key)
+        net = cnn(in_shape, classes, self.channels, activation(self.activation), self.stride, key=key)
+        return scale_branches(add_skips(net, 2)) if self.skips else net
 
 # %% ../nbs/10_recipes.ipynb 7
 NORMS = {"none": dict(norm=None, conv=Conv), "layer": dict(norm=layer_norm, conv=Conv), "group": dict(norm=GroupNorm, conv=Conv),
@@ -131,10 +136,14 @@ class GradientDescentSetting:
     """Step size."""
     momentum: float = 0.0
     """Heavy-ball momentum of the states."""
+    schedule: Literal["constant", "spike", "relay"] = "constant"
+    """Precisions while the error travels through the network (notebook 02b); spike wants a rate of 0.6 to 0.8, relay no momentum."""
 
     def build(self) -> AbstractInference:
-        "The algorithm."
-        return GradientDescent(self.steps, _stepper(self.rate, self.momentum))
+        "The algorithm. Raises `InputError` for a relay with momentum."
+        if self.schedule == "relay" and self.momentum: raise InputError(f"momentum is {self.momentum}; a relay is for plain gradient descent, 0.")
+        schedule = {"constant": lambda: None, "spike": Spike, "relay": lambda: Relay(self.rate)}[self.schedule]()
+        return GradientDescent(self.steps, _stepper(self.rate, self.momentum), schedule=schedule)
 
 @dataclass(frozen=True)
 class ErrorDescentSetting:
@@ -179,14 +188,18 @@ class EnergySetting:
     """Weight of the output's loss."""
     alpha: float = 0.0
     """Weight of backward errors, in difference form; 0 leaves the forward energy."""
-    backward: Literal["tied", "anchor"] = "tied"
-    """Backward predictions, where alpha is not 0."""
+    backward: Literal["tied", "anchor", "learned"] = "tied"
+    """Backward predictions, where alpha is not 0; learned ones give the network decoders (notebook 06b)."""
 
     def build(self) -> AbstractEnergy:
         "The energy."
         if self.alpha == 0: return ForwardEnergy(self.build_loss(), self.precision, self.output_precision)
-        back = {"tied": Tied, "anchor": Anchor}[self.backward]()
+        back = {"tied": Tied, "anchor": Anchor, "learned": Learned}[self.backward]()
         return BidirectionalEnergy(self.build_loss(), self.precision, self.output_precision, self.alpha, back)
+
+    def equip(self, net: PCNetwork, key) -> PCNetwork:
+        "The network with what this energy asks of it: decoders, if backward predictions are learned."
+        return with_decoders(net, key=key) if self.alpha and self.backward == "learned" else net
 
     def build_loss(self):
         "The loss of the output."
@@ -339,6 +352,7 @@ RECIPES: dict[str, Recipe] = {
     "mnist-mlp16-sgd": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=1.0), optimiser=SGDSetting(lalr=True), epochs=3),
     "mnist-mlp32-skip": Recipe("mnist", MLPSetting(128, 32, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=SGDSetting(lalr=True), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
+    "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128)), energy=EnergySetting(output_precision=1.0, alpha=0.1, backward="anchor"), epochs=4, train_examples=10_000),
     "cifar10-airnet": _image("cifar10", "airnet", AdamSetting(4e-3, 0.2, 0.05, decay_all=False), AugmentSetting("alternating", crop=2), epochs=15),
     "cifar10-resnet9": _image("cifar10", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=30),
     "cifar10-vgg5": _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=4), epochs=30),
@@ -448,7 +462,7 @@ def train(
     if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir)
     key = jax.random.key(seed)
-    net = recipe.network.build(data.image_shape, data.n_classes, key)
+    net = _network(recipe, rule, data, key)
     if not 1 <= recipe.batch_size <= len(data.train_images):
         raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
     if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
@@ -475,9 +489,14 @@ def _data(recipe, data_dir):
     if recipe.validation: data = data.validation(recipe.validation)
     return data if recipe.train_examples is None else data.take(recipe.train_examples)
 
+def _network(recipe, rule, data, key):
+    "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without."
+    net = recipe.network.build(data.image_shape, data.n_classes, key)
+    return net if rule == "backprop" else recipe.energy.equip(net, jax.random.fold_in(key, 1))
+
 def _summary(config, recipe, run):
     last, layers = run.metrics[-1], [round(c, 6) for c in run.metrics[-1]["cosine"]]
-    return dict(recipe=config["recipe"], rule=config["rule"], seed=config["seed"], epochs=len(run.metrics), parameters=parameter_count(run.net),
+    return dict(recipe=config["recipe"], rule=config["rule"], seed=config["seed"], epochs=len(run.metrics), parameters=parameter_count((run.net.layers, run.net.skips)), decoder_parameters=parameter_count(run.net.decoders),
                 scored_on="validation" if recipe.validation else "test", test_top1=last["test_top1"], test_top5=last["test_top5"], train_top1=last["train_top1"],
                 seconds_per_epoch=float(np.median([m["seconds"] for m in run.metrics])), compile_seconds=run.compile_seconds,
                 cosine_to_backprop=dict(mean=float(np.mean(layers)), layers=layers), relative_residual=last["relative_residual"],
@@ -510,8 +529,9 @@ def evaluate_run(
 ) -> Score:
     "Score the saved weights of a run on the set that it was scored on. Raises `InputError` for a folder that is not a finished run."
     out = Path(out)
-    recipe = from_json(_read_json(out / "config.json").get("settings"))
+    config = _read_json(out / "config.json")
+    recipe = from_json(config.get("settings"))
     data = _data(recipe, data_dir)
-    net = recipe.network.build(data.image_shape, data.n_classes, jax.random.key(0))
+    net = _network(recipe, config.get("rule"), data, jax.random.key(0))
     _, net = load_checkpoint(out / "weights.eqx", net)
     return evaluate(net, data.test_images, data.test_labels, Scale(*data.moments()), recipe.energy.build_loss())

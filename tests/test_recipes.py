@@ -13,7 +13,7 @@ from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cuto
 from pcnb.cli import main
 from pcnb.data import Dataset
 from pcnb.network import InputError
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, MLPSetting, SGDSetting, from_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, MLPSetting, SGDSetting, from_json, train
 
 RESULTS = sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json"))
 
@@ -128,3 +128,17 @@ def test_smoothed_targets_reach_the_rule(tmp_path, monkeypatch):
     y = 0.9 * np.eye(10)[data.train_labels] + 0.01
     want = np.mean(np.log(np.exp(out).sum(1)) - (y * out).sum(1))
     np.testing.assert_allclose(json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"], want, rtol=1e-4)
+
+
+def test_skips_of_a_cnn_pass_blocks_of_two(getkey):
+    key, channels = getkey(), (4, 4, 8, 8, 8)
+    plain, skipped = (CNNSetting(channels, skips=s).build((16, 16, 3), 10, key) for s in (False, True))
+    assert plain.shapes == skipped.shapes and plain.depth == 6
+    assert [(s.src, s.dst) for s in skipped.skips] == [(1, 3), (3, 5)] and not jax.tree.leaves(skipped.skips)
+    for l, (a, b) in enumerate(zip(plain.layers, skipped.layers), 1):  # the layer that a skip joins is scaled by 1/sqrt(depth / span)
+        np.testing.assert_allclose(b.weight, a.weight * (1 / np.sqrt(3) if l in (3, 5) else 1), rtol=1e-6)
+    x = jax.random.normal(getkey(), (16, 16, 3))
+    states = skipped.feedforward(x).x
+    carried = np.zeros(plain.shapes[3])
+    carried[..., :4] = np.asarray(states[1])[::2, ::2]
+    np.testing.assert_allclose(states[3], carried + skipped.layers[2](states[2]), rtol=1e-5, atol=1e-6)
