@@ -215,7 +215,7 @@ def _run(argv):
 def _first(kind): return kind.__doc__.splitlines()[0]
 
 def _help():
-    usage = {"train": "NAME [options]", "recipes": "[NAME]", "models": "[NAME]", "evaluate": "RUN", "report": "RUN... [options]", "bench": "[options]"}
+    usage = {"train": "NAME [options]", "recipes": "[NAME]", "models": "[NAME]", "evaluate": "RUN", "report": "RUN...", "bench": "[options]"}
     lines = [f"  pcnb {name + ' ' + usage.get(name, ''):<22}  {_first(kind)}" for name, kind in COMMANDS.items()]
     return "\n".join(["Deep networks trained by predictive coding.", "", *lines, "", "Each has --help. pcnb --version prints the version."])
 
