@@ -6,7 +6,7 @@
 __all__ = ['Activation', 'NORMS', 'RULES', 'RECIPES', 'MLPSetting', 'CNNSetting', 'ImageNetworkSetting', 'GaussNewtonSetting',
            'LBFGSSetting', 'GradientDescentSetting', 'ErrorDescentSetting', 'SweepSetting', 'EnergySetting',
            'AdamSetting', 'SGDSetting', 'AugmentSetting', 'Recipe', 'build_rule', 'find_recipe', 'to_json', 'from_json',
-           'train', 'compare', 'evaluate_run']
+           'train', 'compare', 'evaluate_run', 'report', 'report_figure']
 
 # %% ../nbs/10_recipes.ipynb 2
 import dataclasses
@@ -37,7 +37,7 @@ from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
 from .data import Dataset, Scale, load
 from .diagnostics import Recorder, layer_figures, run_figures
-from .training import Score, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets
+from .training import Mirrored, Score, average_weights, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets
 
 # %% ../nbs/10_recipes.ipynb 6
 Activation = Literal["gelu", "relu", "silu", "tanh"]
@@ -317,6 +317,8 @@ class Recipe:
     """Random changes of training images."""
     label_smoothing: float = 0.0
     """Share of each training target that is spread evenly over all classes."""
+    average: float = 0.0
+    """Decay, by weight step, of a running mean of the weights, which is scored and saved in their place; 0: none."""
     epochs: int = 10
     """Passes over the training set."""
     batch_size: int = 128
@@ -343,7 +345,7 @@ def build_rule(
 # %% ../nbs/10_recipes.ipynb 20
 def _image(dataset, model, optimiser, augment, epochs):
     "A recipe for colour images, with what they share."
-    return Recipe(dataset, ImageNetworkSetting(model), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy"), optimiser, augment, 0.1, epochs, 256)
+    return Recipe(dataset, ImageNetworkSetting(model), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy"), optimiser, augment, label_smoothing=0.1, epochs=epochs, batch_size=256)
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
@@ -471,6 +473,7 @@ def train(
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
     updates = recipe.epochs * (len(data.train_images) // recipe.batch_size) * (recipe.inference.steps if rule == "ipc" else 1)
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data)
+    if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
     config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
@@ -480,6 +483,8 @@ def train(
               resume=resume, callback=recorder, progress=progress)
     save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
     summary = _summary(config, recipe, run)
+    if recipe.augment.flip != "none":
+        summary["test_top1_flip"] = evaluate(Mirrored(run.net), data.test_images, data.test_labels, Scale(*data.moments()), recipe.energy.build_loss()).top1
     _write_json(out / "summary.json", summary)
     _save_figures(out, run.metrics, records=recorder.records if recorder else ())
     return summary
@@ -536,3 +541,77 @@ def evaluate_run(
     net = _network(recipe, config.get("rule"), data, jax.random.key(0))
     _, net = load_checkpoint(out / "weights.eqx", net)
     return evaluate(net, data.test_images, data.test_labels, Scale(*data.moments()), recipe.energy.build_loss())
+
+# %% ../nbs/10_recipes.ipynb 32
+def _runs(folders):
+    "{(name, rule, recipe): [(seed, summary, metrics), ...]} of the finished runs in these folders; a twin inside a run's folder is found."
+    places = [p for f in map(Path, folders) for p in (f, f / "twin") if p == f or (p / "summary.json").exists()]
+    if not places: raise InputError("there are no runs to compare; name at least one run's folder.")
+    groups = {}
+    for p in dict.fromkeys(q.resolve() for q in places):
+        config, summary = _read_json(p / "config.json"), _read_json(p / "summary.json")
+        recipe, rule = from_json(config.get("settings")), config.get("rule")
+        runs = groups.setdefault((config.get("recipe"), rule, _shared(recipe) if rule == "backprop" else recipe), [])
+        if any(seed == config.get("seed") for seed, *_ in runs): raise InputError(f"{p} has the seed {config.get('seed')} of another run with its settings; name one of them.")
+        runs.append((config.get("seed"), summary, read_metrics(p / "metrics.jsonl")))
+    return groups
+
+def _shared(recipe):
+    "What a run has in common with its twin: not inference, and of the energy the loss."
+    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss))
+
+def _pairs(folders):
+    "(key, runs, twins) of each group of runs; twins of no group come alone."
+    groups = _runs(folders)
+    twin_of = lambda key: (key[0], "backprop", _shared(key[2]))
+    met = {twin_of(key) for key in groups if key[1] != "backprop"}
+    return [(key, runs, groups.get(twin_of(key), []) if key[1] != "backprop" else []) for key, runs in groups.items() if key not in met]
+
+def _flat(values, at=""):
+    return {k: v for name, w in values.items() for k, v in (_flat(w, f"{at}{name}.") if isinstance(w, dict) else {at + name: list(w) if isinstance(w, tuple) else w}).items()}
+
+def _changed(name, rule, recipe):
+    "What a run's settings change in the recipe of its name, inference aside."
+    if name not in RECIPES: return "recipe unknown here"
+    usual = _flat(to_json(_shared(RECIPES[name]) if rule == "backprop" else RECIPES[name]))
+    return ", ".join(f"{k} {v}" for k, v in _flat(to_json(recipe)).items() if usual.get(k) != v and not k.startswith("inference.")) or "-"
+
+# %% ../nbs/10_recipes.ipynb 33
+def report(
+    folders: list[Path], # of finished runs
+) -> str: # Markdown
+    "A table of runs, seeds together, twins beside. Raises `InputError` for a folder that is not a finished run, or a seed that comes twice."
+    head = ["recipe", "changed", "rule", "inference", "seeds", "top-1 (%)", "top-5 (%)", "its twin, top-1 (%)", "cosine to backpropagation", "energy ratio", "relative residual", "s/epoch", "twin, s/epoch"]
+    rows = [head, ["---"] * len(head)]
+    for (name, rule, recipe), runs, twins in _pairs(folders):
+        of, twin, silent = [s for _, s, _ in runs], [s for _, s, _ in twins], rule == "backprop"
+        what = " ".join([type(recipe.inference).__name__.removesuffix("Setting"), *map(str, dataclasses.astuple(recipe.inference))])
+        figures = [_spread([s["cosine_to_backprop"]["mean"] for s in of], 3), *(_spread([s[k] for s in of], 3) for k in ("energy_ratio", "relative_residual"))]
+        rows.append([name, _changed(name, rule, recipe), rule, "-" if silent else what, str(len(of)), *(_spread([100 * s[k] for s in of], 2) for k in ("test_top1", "test_top5")),
+                     _spread([100 * s["test_top1"] for s in twin], 2), *(["-"] * 3 if silent else figures), *(_spread([s["seconds_per_epoch"] for s in v], 1) for v in (of, twin))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+def report_figure(
+    folders: list[Path], # of finished runs
+): # a matplotlib figure
+    "Accuracy by epoch, mean over seeds with a band from the lowest to the highest, twins dotted. Needs matplotlib; raises `InputError` as `report`."
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    ax = figure.subplots()
+    for i, ((name, rule, recipe), runs, twins) in enumerate(_pairs(folders)):
+        changed = _changed(name, rule, recipe)
+        for group, style, label in ((runs, "-", f"{name}, {rule}" + (f" ({changed})" if changed != "-" else "")), (twins, ":", None)):
+            if not group: continue
+            epochs = min(len(m) for *_, m in group)
+            top1 = 100 * np.array([[line["test_top1"] for line in m[:epochs]] for *_, m in group])
+            ax.plot(range(1, epochs + 1), top1.mean(0), style, color=f"C{i}", label=label)
+            ax.fill_between(range(1, epochs + 1), top1.min(0), top1.max(0), color=f"C{i}", alpha=0.2, lw=0)
+    ax.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Accuracy by epoch; twins dotted")
+    ax.legend(fontsize=7)
+    return figure
+
+# %% ../nbs/10_recipes.ipynb 34
+def _spread(values, digits):
+    "Mean and standard deviation, as far as there are values."
+    if not values: return "-"
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")

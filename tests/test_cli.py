@@ -11,7 +11,7 @@ import pytest
 
 import pcnb.training
 from pcnb.cli import COMMANDS, main
-from pcnb.recipes import RECIPES, AdamSetting, GradientDescentSetting, from_json, to_json
+from pcnb.recipes import RECIPES, AdamSetting, CNNSetting, GradientDescentSetting, from_json, to_json
 from pcnb.training import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,7 +313,7 @@ def test_help(printed, capsys):
         assert stop.value.code == 0 and err == ""
         for option in ("--epochs", "--energy.output-precision", "--optimiser.rate", "--augment.pixels", "--inference.cg-steps", "inference:sweep", "--twin"):
             assert option in text
-        assert ("--network.channels" in text) == (name == "mnist-cnn")
+        assert ("--network.channels" in text) == isinstance(RECIPES[name].network, CNNSetting)
         assert "--name" not in text
 
 

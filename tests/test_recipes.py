@@ -13,7 +13,8 @@ from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cuto
 from pcnb.cli import main
 from pcnb.data import Dataset
 from pcnb.network import InputError
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, MLPSetting, SGDSetting, from_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, MLPSetting, SGDSetting, from_json, report_figure, to_json, train
+from pcnb.training import load_checkpoint
 
 RESULTS = sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json"))
 
@@ -142,3 +143,69 @@ def test_skips_of_a_cnn_pass_blocks_of_two(getkey):
     carried = np.zeros(plain.shapes[3])
     carried[..., :4] = np.asarray(states[1])[::2, ::2]
     np.testing.assert_allclose(states[3], carried + skipped.layers[2](states[2]), rtol=1e-5, atol=1e-6)
+
+
+def test_mirror_image_and_mean_weights_are_scored_as_numpy_says(tmp_path, monkeypatch):
+    "A linear network on the mean of the weights after each of two steps; 2/3 of the last and 1/3 of the first for a decay of 1/2."
+    data, seen = pictures(), []
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
+    fit = pcnb.recipes.fit
+    monkeypatch.setattr(pcnb.recipes, "fit", lambda *a, **kw: fit(*a, **kw | {"callback": lambda step, net: seen.append(np.asarray(net.layers[0].weight, np.float64))}))
+    recipe = replace(RECIPES["cifar10-airnet"], network=MLPSetting(4, 1), augment=AugmentSetting("random"), epochs=2, batch_size=32, average=0.5, optimiser=AdamSetting(0.1, 0.0))
+    summary = train("cifar10-airnet", recipe, tmp_path / "run", "backprop", progress=False)
+    assert len(seen) == 2
+    levels = data.train_images.reshape(-1, 3) / 255
+    x = ((data.test_images / 255 - levels.mean(0)) / levels.std(0))
+    weight = (seen[0] + 2 * seen[1]) / 3
+    _, net = load_checkpoint(tmp_path / "run" / "weights.eqx", recipe.network.build((8, 8, 3), 10, jax.random.key(0)))
+    np.testing.assert_allclose(net.layers[0].weight, weight, rtol=1e-4, atol=1e-6)
+    bias, score = np.asarray(net.layers[0].bias), lambda x: x.reshape(len(x), -1) @ weight.T + np.asarray(net.layers[0].bias)
+    assert summary["test_top1"] == pytest.approx((score(x).argmax(1) == data.test_labels).mean())
+    assert summary["test_top1_flip"] == pytest.approx(((score(x) + score(x[:, :, ::-1])).argmax(1) == data.test_labels).mean())
+    again = train("cifar10-airnet", recipe, tmp_path / "run", "backprop", resume=True, progress=False)  # nothing is left to do
+    assert again["test_top1_flip"] == summary["test_top1_flip"] and (load_checkpoint(tmp_path / "run" / "weights.eqx", net)[1].layers[0].bias == bias).all()
+
+
+# a table of runs
+
+def record(folder, rule="pc", seed=0, top1=0.9, epochs=2, **changed):
+    "A finished run's folder, without training."
+    recipe = replace(RECIPES["cifar10-vgg5"], **changed)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(recipe="cifar10-vgg5", settings=to_json(recipe), rule=rule, seed=seed)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e + 1, "test_top1": top1 * (e + 1) / epochs}) + "\n" for e in range(epochs)))
+    (folder / "summary.json").write_text(json.dumps(dict(test_top1=top1, test_top5=1.0, seconds_per_epoch=10.0 * (rule == "pc") + 5, energy_ratio=0.5, relative_residual=0.25, cosine_to_backprop={"mean": 0.75})))
+    return folder
+
+
+def test_report_puts_seeds_together_and_twins_beside(tmp_path, capsys):
+    runs = [record(tmp_path / f"pc-{s}", seed=s, top1=t) for s, t in enumerate((0.90, 0.92, 0.94))]
+    record(runs[0] / "twin", "backprop", 0, 0.95)
+    twin = record(tmp_path / "bp-1", "backprop", 1, 0.97, energy=EnergySetting("cross-entropy", output_precision=1.0))  # of no account to a twin
+    other = record(tmp_path / "other", seed=0, top1=0.8, label_smoothing=0.2)
+    main(["report", *map(str, [*runs, twin, other, runs[0]]), "--figure", str(tmp_path / "curves.png")])
+    head, _, first, second = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in capsys.readouterr().out.splitlines()]
+    row = dict(zip(head, first))
+    assert row == {"recipe": "cifar10-vgg5", "changed": "-", "rule": "pc", "inference": "GaussNewton 1 2", "seeds": "3", "top-1 (%)": "92.00 ± 2.00", "top-5 (%)": "100.00 ± 0.00",
+                   "its twin, top-1 (%)": "96.00 ± 1.41", "cosine to backpropagation": "0.750 ± 0.000", "energy ratio": "0.500 ± 0.000", "relative residual": "0.250 ± 0.000",
+                   "s/epoch": "15.0 ± 0.0", "twin, s/epoch": "5.0 ± 0.0"}
+    assert dict(zip(head, second))["changed"] == "label_smoothing 0.2" and second[5:8] == ["80.00", "100.00", "-"]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    main(["report", str(twin)])
+    assert "| backprop | - | 1 | 97.00 | 100.00 | - | - | - | - | 5.0 | - |" in capsys.readouterr().out
+    lines = report_figure([*runs, twin]).axes[0].lines
+    np.testing.assert_allclose([line.get_ydata() for line in lines], [[46, 92], [48, 96]], rtol=1e-6)
+
+
+def test_report_refuses(tmp_path, capsys):
+    def refused(*argv):
+        with pytest.raises(SystemExit) as stop: main(["report", *map(str, argv)])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    run = record(tmp_path / "run")
+    assert "name at least one run" in refused()
+    assert "has the seed 0 of another run" in refused(run, record(tmp_path / "copy"))
+    assert "expected a name that ends in .png" in refused(run, "--figure", tmp_path / "curves.txt")
+    assert "is" in refused(tmp_path / "none") and "a run's folder?" in refused(tmp_path / "none")
+    (run / "summary.json").unlink()
+    assert "summary.json does not exist" in refused(run)
