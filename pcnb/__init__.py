@@ -9,6 +9,7 @@ from .skip import *
 from .lalr import *
 from .learning import *
 from .nudging import *
+from .log_determinant import *
 from .models import *
 from .decoders import *
 from .data import *

@@ -33,6 +33,7 @@ from .skip import add_skips, mupc, scale_branches
 from .lalr import lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .nudging import CentredPC
+from .log_determinant import LogDeterminant
 from .models import Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
 from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
@@ -324,6 +325,8 @@ class Recipe:
     """Train on the first so many examples only."""
     held: bool = False
     """Learn from predictions held at the feedforward state (notebook 05); rules pc and cpc."""
+    log_determinant: bool = False
+    """Let rule pc pay for sensitivity by the log-determinant (notebook 05c); needs alpha 0."""
     validation: int = 0
     """Score on so many examples held out of the training set instead of the test set."""
 
@@ -333,8 +336,11 @@ def build_rule(
     recipe: Recipe,
     rule: str, # pc, cpc, ipc or backprop
 ) -> AbstractRule:
-    "The learning rule of a recipe. Raises `InputError` for another name, and for ipc without gradient descent or with held predictions."
-    if rule == "pc": return PredictiveCoding(recipe.energy.build(), recipe.inference.build(), recipe.held)
+    "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant with another rule than pc."
+    if recipe.log_determinant and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} has no log-determinant; use rule pc.")
+    if rule == "pc":
+        pc = PredictiveCoding(recipe.energy.build(), recipe.inference.build(), recipe.held)
+        return LogDeterminant(pc) if recipe.log_determinant else pc
     if rule == "cpc": return CentredPC(recipe.energy.build(), recipe.inference.build(), recipe.held)
     if rule == "backprop": return Backprop(recipe.energy.build_loss())
     if rule != "ipc": raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
