@@ -22,7 +22,7 @@ def log_determinant(
 ) -> Float[Array, ""]: # nats
     "`1/2 log det(I / p_L + sum_l A_l A_l' / p_l)` at the feedforward state, A_l the Jacobian of the output in the errors of layer l. Costs as many passes as the output has entries."
     ref = net.feedforward(x)
-    by_layer = jax.jacrev(lambda eps: net.from_errors(x, eps).x[-1])(ref.eps)
+    by_layer = jax.jacrev(lambda eps: net.from_errors(x, eps).x[-1])(ref.eps) if ref.eps else []
     size = ref.x[-1].size
     A = [a.reshape(size, -1) / jnp.sqrt(p) for a, p in zip(by_layer, energy.precisions(net))]
     return 0.5 * jnp.linalg.slogdet(jnp.eye(size) / energy.output_precision + sum(a @ a.T for a in A))[1]
