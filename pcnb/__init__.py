@@ -8,6 +8,8 @@ from .schedules import *
 from .skip import *
 from .lalr import *
 from .learning import *
+from .nudging import *
+from .log_determinant import *
 from .models import *
 from .decoders import *
 from .data import *

@@ -61,8 +61,8 @@ class Train(Recipe):
                 | Annotated[ErrorDescentSetting, subcommand("error-descent")] | Annotated[SweepSetting, subcommand("sweep")]) = GaussNewtonSetting()
     optimiser: Annotated[AdamSetting, subcommand("adam")] | Annotated[SGDSetting, subcommand("sgd")] = AdamSetting()
     name: Suppress[Fixed[str]] = ""
-    rule: Annotated[Literal["pc", "ipc", "backprop"], arg(
-        help="Predictive coding, its incremental form (needs inference:gradient-descent), or backpropagation.")] = "pc"
+    rule: Annotated[Literal["pc", "cpc", "ipc", "backprop"], arg(
+        help="Predictive coding, centred (a second phase of negative output precision), incremental (needs inference:gradient-descent), or backpropagation.")] = "pc"
     seed: Annotated[int, arg(help="Of weights, order and augmentation.")] = 0
     data_dir: DataFolder = None
     out: Annotated[Path | None, arg(metavar="RUN", help="The run's folder; None: runs/NAME-RULE-SEED.")] = None
@@ -88,7 +88,7 @@ class Train(Recipe):
         print(_table(runs))
 
 # %% ../nbs/11_cli.ipynb 11
-_RULE_NAMES = {"pc": "predictive coding", "ipc": "incremental pc", "backprop": "backpropagation"}
+_RULE_NAMES = {"pc": "predictive coding", "cpc": "centred pc", "ipc": "incremental pc", "backprop": "backpropagation"}
 
 def _table(runs):
     "The summaries of `runs`, {folder: summary}, side by side. What describes inference is left out for backpropagation."

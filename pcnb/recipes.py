@@ -28,10 +28,12 @@ import optax
 from .network import InputError, PCNetwork, parameter_count
 from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, Learned, SquaredError, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep
-from .schedules import Relay, Spike
+from .schedules import Spike
 from .skip import add_skips, mupc, scale_branches
 from .lalr import lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
+from .nudging import CentredPC
+from .log_determinant import LogDeterminant
 from .models import BatchNormConv, Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
 from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
@@ -136,14 +138,12 @@ class GradientDescentSetting:
     """Step size."""
     momentum: float = 0.0
     """Heavy-ball momentum of the states."""
-    schedule: Literal["constant", "spike", "relay"] = "constant"
-    """Precisions while the error travels through the network (notebook 02b); spike wants a rate of 0.6 to 0.8, relay no momentum."""
+    schedule: Literal["constant", "spike"] = "constant"
+    """Precisions while the error travels through the network (notebook 02b); spike wants a rate of 0.6 to 0.8 and --held."""
 
     def build(self) -> AbstractInference:
-        "The algorithm. Raises `InputError` for a relay with momentum."
-        if self.schedule == "relay" and self.momentum: raise InputError(f"momentum is {self.momentum}; a relay is for plain gradient descent, 0.")
-        schedule = {"constant": lambda: None, "spike": Spike, "relay": lambda: Relay(self.rate)}[self.schedule]()
-        return GradientDescent(self.steps, _stepper(self.rate, self.momentum), schedule=schedule)
+        "The algorithm."
+        return GradientDescent(self.steps, _stepper(self.rate, self.momentum), schedule={"constant": None, "spike": Spike()}[self.schedule])
 
 @dataclass(frozen=True)
 class ErrorDescentSetting:
@@ -325,21 +325,30 @@ class Recipe:
     """Examples a weight step."""
     train_examples: int | None = None
     """Train on the first so many examples only."""
+    held: bool = False
+    """Learn from predictions held at the feedforward state (notebook 05); rules pc and cpc."""
+    log_determinant: bool = False
+    """Let rule pc pay for sensitivity by the log-determinant (notebook 05c); needs alpha 0."""
     validation: int = 0
     """Score on so many examples held out of the training set instead of the test set."""
 
-RULES = ("pc", "ipc", "backprop")
+RULES = ("pc", "cpc", "ipc", "backprop")
 
 def build_rule(
     recipe: Recipe,
-    rule: str, # pc, ipc or backprop
+    rule: str, # pc, cpc, ipc or backprop
 ) -> AbstractRule:
-    "The learning rule of a recipe. Raises `InputError` for another name, and for ipc without gradient descent."
-    if rule == "pc": return PredictiveCoding(recipe.energy.build(), recipe.inference.build())
+    "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant with another rule than pc."
+    if recipe.log_determinant and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} has no log-determinant; use rule pc.")
+    if rule == "pc":
+        pc = PredictiveCoding(recipe.energy.build(), recipe.inference.build(), recipe.held)
+        return LogDeterminant(pc) if recipe.log_determinant else pc
+    if rule == "cpc": return CentredPC(recipe.energy.build(), recipe.inference.build(), recipe.held)
     if rule == "backprop": return Backprop(recipe.energy.build_loss())
     if rule != "ipc": raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     if not isinstance(recipe.inference, GradientDescentSetting):
         raise InputError("rule ipc needs gradient descent on the states; add inference:gradient-descent.")
+    if recipe.held: raise InputError("rule ipc learns at the states as they move; leave out held.")
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 20
@@ -450,7 +459,7 @@ def train(
     name: str, # the recipe's name, for the record
     recipe: Recipe, # its settings, changed or not
     out: Path, # the run's folder; must be empty or new, unless resumed or overwritten
-    rule: str = "pc", # pc, ipc or backprop
+    rule: str = "pc", # pc, cpc, ipc or backprop
     seed: int = 0, # of weights, order and augmentation
     data_dir: Path | None = None, # where the data sets lie
     overwrite: bool = False, # replace the run in `out`

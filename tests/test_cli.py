@@ -291,6 +291,17 @@ def test_incremental_rule_with_chosen_inference(tmp_path, printed, monkeypatch):
     assert summary(Path("runs/digits-ipc-0"))["rule"] == "ipc"
 
 
+def test_peers_remedies_from_the_command_line(tmp_path, printed):
+    out = tmp_path / "run"
+    table = printed(*TINY, "--out", out, "--epochs", 1, "--rule", "cpc", "--held", "--energy.alpha", 0.1, "--energy.backward", "learned",
+                    "inference:gradient-descent", "--inference.steps", 2, "--inference.rate", 0.7, "--inference.schedule", "spike")
+    assert "centred pc" in table.splitlines()[0]
+    recipe, s = from_json(json.loads((out / "config.json").read_text())["settings"]), summary(out)
+    assert (recipe.held, recipe.energy.backward, recipe.inference) == (True, "learned", GradientDescentSetting(2, 0.7, schedule="spike"))
+    # a layer of 64 x 8, the output of 8 x 10, and back
+    assert (s["rule"], s["parameters"], s["decoder_parameters"]) == ("cpc", 64 * 8 + 8 + 8 * 10 + 10, 8 * 64 + 64 + 10 * 8 + 8)
+
+
 def test_recipes_lists_every_setting(printed):
     for name, recipe in RECIPES.items():
         text = printed("recipes", name)
