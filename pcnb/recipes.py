@@ -566,8 +566,8 @@ def _runs(folders):
     return groups
 
 def _shared(recipe):
-    "What a run has in common with its twin: not inference, and of the energy the loss."
-    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss))
+    "What a run has in common with its twin: not what makes it predictive coding, and of the energy the loss."
+    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss), held=False, log_determinant=False)
 
 def _pairs(folders):
     "(key, runs, twins) of each group of runs; twins of no group come alone."

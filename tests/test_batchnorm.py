@@ -12,8 +12,10 @@ from pcnb.energy import CrossEntropy, ForwardEnergy
 from pcnb.inference import GaussNewton, GradientDescent, infer
 from pcnb.lalr import lalr
 from pcnb.learning import Backprop, IncrementalPC, PredictiveCoding, layer_cosines
-from pcnb.models import BatchNormConv, Chain, Conv, Dense, GlobalAverage, MaxPool, airnet, mlp, resnet, vgg
+from pcnb.log_determinant import LogDeterminant
+from pcnb.models import BatchNorm, BatchNormConv, Chain, Conv, Dense, GlobalAverage, MaxPool, airnet, mlp, resnet, vgg
 from pcnb.network import BATCH, InputError, PCNetwork, Skip, Statistics, freeze, live, parameter_count, statistics, with_statistics
+from pcnb.nudging import CentredPC
 from pcnb.training import evaluate, fit
 
 IMAGES = 2 + 3 * jax.random.normal(jax.random.key(1), (6, 4, 4, 2))
@@ -121,6 +123,19 @@ def test_running_statistics_move_by_the_momentum_alone(name):
             np.testing.assert_allclose(getattr(s, field), 0.9 * getattr(old, field) + 0.1 * getattr(new, field), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(getattr(told, field), getattr(new, field), rtol=1e-4, atol=1e-5)
     assert all((a != b).any() for a, b in zip(leaves(net.layers[3]), leaves(NET.layers[3])))
+
+
+@pytest.mark.parametrize("rule", [CentredPC(ForwardEnergy(LOSS, output_precision=0.1), GaussNewton(1, 1)), LogDeterminant(PredictiveCoding(ForwardEnergy(LOSS), GaussNewton(1, 1)))], ids=["cpc", "log-determinant"])
+def test_rules_built_on_predictive_coding_move_them_too(rule):
+    keys, x = jax.random.split(jax.random.key(2)), jax.random.normal(jax.random.key(3), (6, 5))
+    net = PCNetwork([Chain(Dense(5, 4, key=keys[0]), BatchNorm(4)), Dense(4, 3, jnp.tanh, key=keys[1])], (5,))
+    optimiser = optax.adamw(0.05, weight_decay=0.3)
+    new, *_ = eqx.filter_jit(rule.update)(net, optimiser, optimiser.init(eqx.filter(net, eqx.is_inexact_array)), x, TARGETS)
+    z = np.asarray(x) @ np.asarray(net.layers[0].parts[0].weight).T
+    np.testing.assert_allclose(statistics(new)[0].mean, 0.1 * z.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics(new)[0].variance, 0.9 + 0.1 * z.var(0), rtol=1e-4)
+    gradient = eqx.filter_jit(rule.gradient)(net, x, TARGETS)[0]
+    assert not any(g.any() for g in jax.tree.leaves(statistics(gradient)))
 
 
 def test_running_statistics_after_three_batches():
