@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from .network import InputError, PCNetwork
+from .network import InputError, PCNetwork, freeze
 from .energy import ForwardEnergy
 from .learning import AbstractRule, PredictiveCoding, _apply
 
@@ -47,10 +47,10 @@ class LogDeterminant(AbstractRule):
 
     def gradient(self, net, x, y):
         gradient, report = self.rule.gradient(net, x, y)
-        term = lambda n: jnp.mean(jax.vmap(lambda a: log_determinant(n, self.energy, a))(x[:self.examples]))
+        term = lambda n: jnp.mean(jax.vmap(log_determinant, (None, None, 0))(freeze(n, x), self.energy, x[:self.examples]))
         weight = 2 * report.energy / y.shape[-1] if self.weight is None else self.weight
         return jax.tree.map(lambda a, b: a + weight * b, gradient, eqx.filter_grad(term)(net)), report
 
     def update(self, net, optimiser, state, x, y):
         gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient), report
+        return *_apply(net, optimiser, state, gradient, report.statistics), report

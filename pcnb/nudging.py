@@ -45,4 +45,4 @@ class CentredPC(AbstractRule):
 
     def update(self, net, optimiser, state, x, y):
         gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient), report
+        return *_apply(net, optimiser, state, gradient, report.statistics), report
