@@ -27,8 +27,11 @@ train: $(READY) ## train a small network on the digits set; results in runs/digi
 
 # The workers share a GPU where there is one, so none of them may claim all its memory at the start.
 test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
-# Most of the time goes into compiling programs that run once: the machine code need not be fast.
+# Most of the time goes into compiling programs that run once: the machine code need not be fast, and what is compiled is kept.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax-cache
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 test: $(READY) ## run the tests in the notebooks, then those in tests/
 	$(BIN)/nbdev_test --n_workers $(NB_WORKERS)
 	$(BIN)/python -m pytest -q -n $(NB_WORKERS) --dist loadfile tests
@@ -47,7 +50,7 @@ docs: $(READY) ## write the notebooks as HTML pages to _docs/
 	$(BIN)/python tools/docs.py
 
 clean: ## remove what was built, but neither .venv nor runs/
-	rm -rf build dist _proc _docs *.egg-info .hypothesis .pytest_cache nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf build dist _proc _docs *.egg-info .hypothesis .pytest_cache .jax-cache nbs/nbdev.yml nbs/sidebar.yml
 	find pcnb nbs tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 
 # python3 comes first, so that an activated environment is respected.
