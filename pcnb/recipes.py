@@ -557,7 +557,7 @@ def _runs(folders):
     places = [p for f in map(Path, folders) for p in (f, f / "twin") if p == f or (p / "summary.json").exists()]
     if not places: raise InputError("there are no runs to compare; name at least one run's folder.")
     groups = {}
-    for p in dict.fromkeys(q.resolve() for q in places):
+    for p in {q.resolve(): q for q in places}.values():  # each once, by the name that it was given
         config, summary = _read_json(p / "config.json"), _read_json(p / "summary.json")
         recipe, rule = from_json(config.get("settings")), config.get("rule")
         runs = groups.setdefault((config.get("recipe"), rule, _shared(recipe) if rule == "backprop" else recipe), [])
