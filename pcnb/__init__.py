@@ -2,6 +2,7 @@
 __version__ = "0.1.0"
 
 from .network import *
+from .convolution import *
 from .energy import *
 from .inference import *
 from .schedules import *
@@ -16,6 +17,7 @@ from .data import *
 from .augmentation import *
 from .diagnostics import *
 from .training import *
+from .memory import *
 from .recipes import *
 
 from types import ModuleType as _Module

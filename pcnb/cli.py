@@ -20,6 +20,7 @@ import tyro
 from tyro.conf import AvoidSubcommands, Fixed, FlagCreatePairsOff, Positional, Suppress, arg, subcommand
 from . import __version__
 from .network import InputError
+from .memory import keep_memory
 from .models import MODELS, find_model, layer_table
 from .data import SETS, describe
 from .training import Diverged
@@ -188,6 +189,7 @@ def main(
     stopped by the keyboard. What went wrong is a line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    keep_memory()
     try: _run(argv)
     except (InputError, OSError) as e: code, what = 2, f"error: {e}"
     except Diverged as e: code, what = 1, f"error: {e}"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, Skip, Statistics, parameter_count
+from .convolution import conv as convolve
 from .skip import branch_gains, residual_blocks
 
 # %% ../nbs/06_models.ipynb 6
@@ -93,6 +94,7 @@ class Conv(eqx.Module):
     activation: Callable = eqx.field(static=True)
     pool: int = eqx.field(static=True)
     stride: int = eqx.field(static=True)
+    arithmetic: str | None = eqx.field(static=True)
 
     def __init__(self,
         n_in: int, # channels
@@ -103,16 +105,18 @@ class Conv(eqx.Module):
         stride: int = 1,
         gain: float = 1.0, # factor on the weights' standard deviation 1/sqrt(size size n_in m_2)
         bias: bool = True, # whether there is one
+        arithmetic: str | None = None, # type to which operands are rounded, as in notebook 00b; with stride 1 and an odd kernel
         *, key: Array,
     ):
         scale = gain / np.sqrt(size * size * n_in * second_moment(activation))
         self.weight, self.bias = scale * jax.random.normal(key, (size, size, n_in, n_out)), jnp.zeros(n_out) if bias else None
-        self.activation, self.pool, self.stride = activation, pool, stride
+        self.activation, self.pool, self.stride, self.arithmetic = activation, pool, stride, arithmetic
 
     def __call__(self, x):
         x = max_pool(self.activation(x), self.pool)
-        out = jax.lax.conv_general_dilated(x[None], self.weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return out[0] if self.bias is None else out[0] + self.bias[None, None]
+        if self.stride == 1 and len(self.weight) % 2: out = convolve(x, self.weight, self.arithmetic)
+        else: out = jax.lax.conv_general_dilated(x[None], self.weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
+        return out if self.bias is None else out + self.bias[None, None]
 
 # %% ../nbs/06_models.ipynb 19
 def mlp(
@@ -247,8 +251,8 @@ class StandardisedConv(eqx.Module):
     gain: Float[Array, "n_out"]
     scale: float = eqx.field(static=True) # deviation of a standardised filter's weights
 
-    def __init__(self, n_in, n_out, size=3, activation=identity, pool=1, stride=1, gain=1.0, *, key):
-        self.conv = Conv(n_in, n_out, size, activation, pool, stride, key=key)
+    def __init__(self, n_in, n_out, size=3, activation=identity, pool=1, stride=1, gain=1.0, arithmetic=None, *, key):
+        self.conv = Conv(n_in, n_out, size, activation, pool, stride, arithmetic=arithmetic, key=key)
         self.gain, self.scale = jnp.full(n_out, gain), 1 / float(np.sqrt(size * size * n_in * _variance(activation)))
 
     def __call__(self, x):
@@ -285,8 +289,8 @@ class BatchNormConv(eqx.Module):
     conv: Conv
     norm: BatchNorm
 
-    def __init__(self, n_in, n_out, size=3, activation=identity, pool=1, stride=1, gain=1.0, *, key):
-        self.conv, self.norm = Conv(n_in, n_out, size, activation, pool, stride, bias=False, key=key), BatchNorm(n_out, gain)
+    def __init__(self, n_in, n_out, size=3, activation=identity, pool=1, stride=1, gain=1.0, arithmetic=None, *, key):
+        self.conv, self.norm = Conv(n_in, n_out, size, activation, pool, stride, bias=False, arithmetic=arithmetic, key=key), BatchNorm(n_out, gain)
 
     def __call__(self, x): return self.norm(self.conv(x))
 
@@ -361,7 +365,7 @@ def airnet(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
     width: int | Sequence[int] = 64, # channels of the first of three blocks, the others with four times as many; or of every block
-    patch: int = 24, # channels of the first, 2x2 convolution
+    patch: int = 32, # channels of the first, 2x2 convolution; a multiple of 32 is fast (notebook 00b)
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = layer_norm, # norm(channels) -> a part of a layer
     conv: Callable = Conv, # Conv or StandardisedConv

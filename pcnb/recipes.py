@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -83,8 +84,7 @@ class CNNSetting:
         return scale_branches(add_skips(net, 2)) if self.skips else net
 
 # %% ../nbs/10_recipes.ipynb 7
-NORMS = {"none": dict(norm=None, conv=Conv), "layer": dict(norm=layer_norm, conv=Conv), "group": dict(norm=GroupNorm, conv=Conv),
-         "standardised": dict(norm=None, conv=StandardisedConv), "batch": dict(norm=None, conv=BatchNormConv)}
+NORMS = {"none": (None, Conv), "layer": (layer_norm, Conv), "group": (GroupNorm, Conv), "standardised": (None, StandardisedConv), "batch": (None, BatchNormConv)} # name -> norm, conv
 
 @dataclass(frozen=True)
 class ImageNetworkSetting:
@@ -97,12 +97,16 @@ class ImageNetworkSetting:
     """Normalisation: none, of layers, of groups of 8 channels, of each filter's weights, or over the batch."""
     activation: Activation = "gelu"
     """Nonlinearity, applied to a state before the linear map."""
+    arithmetic: Literal["float32", "bfloat16"] = "float32"
+    """Type to which convolutions round what they multiply; weights, states and (on a CPU) sums are float32 (notebook 00b)."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
         if self.norm not in NORMS: raise InputError(f"norm {self.norm!r} is unknown; expected one of {', '.join(NORMS)}.")
+        if self.arithmetic not in ("float32", "bfloat16"): raise InputError(f"arithmetic {self.arithmetic!r} is unknown; expected float32 or bfloat16.")
         width = {"width": self.width[0] if len(self.width) == 1 else self.width} if self.width else {}
-        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), **NORMS[self.norm], **width, key=key)
+        norm, conv = NORMS[self.norm]
+        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=self.arithmetic), **width, key=key)
 
 # %% ../nbs/10_recipes.ipynb 10
 @dataclass(frozen=True)
@@ -354,7 +358,7 @@ def build_rule(
 # %% ../nbs/10_recipes.ipynb 20
 def _image(dataset, model, optimiser, augment, epochs):
     "A recipe for colour images, with what they share."
-    return Recipe(dataset, ImageNetworkSetting(model), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy"), optimiser, augment, label_smoothing=0.1, epochs=epochs, batch_size=256)
+    return Recipe(dataset, ImageNetworkSetting(model, arithmetic="bfloat16"), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy"), optimiser, augment, label_smoothing=0.1, epochs=epochs, batch_size=256)
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),

@@ -57,7 +57,7 @@ def test_resnet9_and_airnet_by_formula():
     assert net.depth == 9 and n == convolutions([3, 64, 128, 128, 128, 256, 512, 512, 512]) + 512 * 10 + 10
     assert [(s.src, s.dst) for s in net.skips] == [(2, 4), (6, 8)]
     net, n = sketch(airnet, (32, 32, 3), 100, norm=None)
-    assert net.depth == 8 and n == 4 * 3 * 24 + 24 + convolutions([24, 64, 64, 256, 256, 256, 256]) + 256 * 100 + 100
+    assert net.depth == 8 and n == 4 * 3 * 32 + 32 + convolutions([32, 64, 64, 256, 256, 256, 256]) + 256 * 100 + 100
 
 
 @pytest.mark.parametrize("depth, widen", [(10, 1), (16, 4), (28, 10)])
