@@ -218,11 +218,12 @@ class NewtonSteps(Inference):
         eps, out = [torch.zeros_like(s) for s in states[1:-1]], states[-1]
         for _ in range(self.algorithm.steps):
             d, slope, e, new_states, new_eps, new = self.direction(x, y, states, eps)
-            ceiling, t, k = e + 8 * torch.finfo(e.dtype).eps * e.abs(), torch.ones_like(e), 1
-            while k <= self.algorithm.backtracks and bool((rises := ~(new <= ceiling)).any()):
+            noise, t, k = 8 * torch.finfo(e.dtype).eps * e.abs(), torch.ones_like(e), 1
+            ceiling = e + noise
+            while k <= self.algorithm.backtracks and bool((again := ~(new <= ceiling) & (-slope * t > noise)).any()):
                 parabola = -slope * t * t / (2 * (new - e - slope * t))
                 shorter = torch.where(torch.isfinite(parabola), torch.clamp(parabola, 0.1 * t, 0.5 * t), 0.1 * t)
-                t, k = torch.where(rises, shorter, t), k + 1
+                t, k = torch.where(again, shorter, t), k + 1
                 new_states, new_eps, new = self.trial(x, y, eps, d, t)
             if bool((rises := ~(new <= ceiling)).any()):  # given up: these stay where they are
                 keep = torch.where(rises, 0.0, t)

@@ -25,7 +25,7 @@ from .models import MODELS, find_model, layer_table
 from .data import SETS, describe
 from .training import Diverged
 from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
-                          SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, train, _read_json)
+                          MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, train, _read_json)
 from .bench import Bench
 
 # %% ../nbs/11_cli.ipynb 7
@@ -60,7 +60,7 @@ class Train(Recipe):
     inference: (Annotated[GaussNewtonSetting, subcommand("gauss-newton")] | Annotated[LBFGSSetting, subcommand("lbfgs")]
                 | Annotated[GradientDescentSetting, subcommand("gradient-descent")]
                 | Annotated[ErrorDescentSetting, subcommand("error-descent")] | Annotated[SweepSetting, subcommand("sweep")]) = GaussNewtonSetting()
-    optimiser: Annotated[AdamSetting, subcommand("adam")] | Annotated[SGDSetting, subcommand("sgd")] = AdamSetting()
+    optimiser: Annotated[AdamSetting, subcommand("adam")] | Annotated[SGDSetting, subcommand("sgd")] | Annotated[MuonSetting, subcommand("muon")] = AdamSetting()
     name: Suppress[Fixed[str]] = ""
     rule: Annotated[Literal["pc", "cpc", "ipc", "backprop"], arg(
         help="Predictive coding, centred (a second phase of negative output precision), incremental (needs inference:gradient-descent), or backpropagation.")] = "pc"

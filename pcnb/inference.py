@@ -289,8 +289,9 @@ class GaussNewton(AbstractInference):
     dual: bool = False       # iterate on vectors of the output's size
     tolerance: float = 0.0   # stop at this relative residual, at two passes a test; 0: never
     backtracks: int = 8      # shorter steps tried before a step is given up
+    rounding: float | None = None # relative error of the energy, about 2**-9 with convolutions in bfloat16; None: 8 units in the last place
 
-    def __check_init__(self): _check(steps=self.steps, cg_steps=self.cg_steps, tolerance=self.tolerance, backtracks=self.backtracks)
+    def __check_init__(self): _check(steps=self.steps, cg_steps=self.cg_steps, tolerance=self.tolerance, backtracks=self.backtracks, rounding=self.rounding)
 
     def __call__(self, problem):
         self._check_dual(problem.energy)
@@ -315,7 +316,7 @@ class GaussNewton(AbstractInference):
         if self.exact: d, slope, cost = self._exact_direction(problem, at, z)
         else: d, slope, cost = self._direction(problem, at, z, first)
         trial = lambda t: (lambda s: (s, problem.total(s)))(at(_axpy(t, d, z)))
-        s, e, tries = _guarded(trial, s, e, slope, self.backtracks)
+        s, e, tries = _guarded(trial, s, e, slope, self)
         return s, e, passes + 1 + cost + tries
 
     def _exact_direction(self, problem, at, z):
@@ -340,12 +341,13 @@ class GaussNewton(AbstractInference):
         return d, _dot(z, d) - _dot(slope_out, Ku + Az), 2 * self.cg_steps + 1 + (not first)
 
 # %% ../nbs/02_inference.ipynb 43
-def _guarded(trial, s, e, slope, backtracks):
+def _guarded(trial, s, e, slope, algorithm):
     "The states and energy at the first step length that does not raise the energy `e`, and the number of trials."
-    ceiling = e + 8 * jnp.finfo(e.dtype).eps * jnp.abs(e)  # near the minimum, rounding is larger than what a step gains
+    noise = (8 * jnp.finfo(e.dtype).eps if algorithm.rounding is None else algorithm.rounding) * jnp.abs(e)
+    ceiling = e + noise
     def rises(c):
-        _, _, new, k = c
-        return ~(new <= ceiling) & (k <= backtracks)
+        t, _, new, k = c
+        return ~(new <= ceiling) & (k <= algorithm.backtracks) & (-slope * t > noise)
     def shorter(c):
         t, _, new, k = c
         parabola = -slope * t * t / (2 * (new - e - slope * t))
@@ -367,9 +369,10 @@ class LBFGS(AbstractInference):
     memory: int = 10         # past changes that are kept, each of errors and gradient
     tolerance: float = 0.0   # stop at this relative residual, at one pass a test; 0: never
     backtracks: int = 8      # shorter steps tried before a step is given up
+    rounding: float | None = None # as of `GaussNewton`
 
     def __check_init__(self):
-        _check(steps=self.steps, tolerance=self.tolerance, backtracks=self.backtracks)
+        _check(steps=self.steps, tolerance=self.tolerance, backtracks=self.backtracks, rounding=self.rounding)
         if not self.memory >= 1: raise InputError(f"memory is {self.memory}; expected at least 1.")
 
     def __call__(self, problem):
@@ -394,7 +397,7 @@ class LBFGS(AbstractInference):
             # no step follows the last one that would need its gradient
             end = lambda z: (lambda s: ((z, s, g, res), problem.total(s)))(at(z))
             trial = lambda t: (end if last else look)(_axpy(t, d, z))
-            here, e, tries = _guarded(trial, (z, s, g, res), e, _dot(g, d), self.backtracks)
+            here, e, tries = _guarded(trial, (z, s, g, res), e, _dot(g, d), self)
             return here, e, kept, passes + (1 if last else 3 if self.tolerance else 2) * tries
 
         carry = here, e, kept, jnp.asarray(4.0 if self.tolerance else 3.0)

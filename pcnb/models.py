@@ -365,7 +365,7 @@ def airnet(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
     width: int | Sequence[int] = 64, # channels of the first of three blocks, the others with four times as many; or of every block
-    patch: int = 32, # channels of the first, 2x2 convolution; a multiple of 32 is fast (notebook 00b)
+    patch: int = 32, # channels of the first, 2x2 convolution; a multiple of 32 is fast (notebook 00b); 0: none, for an input that is patches already
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = layer_norm, # norm(channels) -> a part of a layer
     conv: Callable = Conv, # Conv or StandardisedConv
@@ -374,19 +374,22 @@ def airnet(
 ) -> PCNetwork:
     """A small fast network in the spirit of airbench: a 2x2 convolution, three blocks of convolution, pooling by 2, convolution, and a dense layer on the maximum over what is left.
 
-    Raises `InputError` as `vgg`. Reference: Jordan 2024, arXiv:2404.00498; its first layer is fixed by whitening and its normalisation is over the batch, neither of which is done here.
+    Pooling ends a layer, so that no state is larger than what the next layer reads. Raises `InputError` as `vgg`, and for a negative `patch`. Reference: Jordan 2024, arXiv:2404.00498,
+    with `norm=None, conv=BatchNormConv` and, for its fixed first layer, `patch=0` on the patches of `whiten` (notebook 07).
     """
     widths = _stages(width, (1, 4, 4) if isinstance(width, int) else (1,) * len(width))
-    _check_image(in_shape, classes=classes, patch=patch)
+    _check_image(in_shape, classes=classes, **{"patch": patch} if patch else {})
     keys = iter(jax.random.split(key, 2 * len(widths) + 2))
-    layers, n, side = [conv(in_shape[-1], patch, 2, key=next(keys))], patch, in_shape[:2]
-    for m in widths:
-        layers.append(_parts(norm(n) if norm and n != patch else None, conv(n, m, 3, activation, key=next(keys))))
-        layers.append(_parts(MaxPool(2), norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys))))
-        n, side = m, _pooled(side, 2)
-    last = min(side)
+    n, side = patch or in_shape[-1], in_shape[:2]
+    layers = [conv(in_shape[-1], patch, 2, key=next(keys))] if patch else []
+    for i, m in enumerate(widths):
+        side = _pooled(side, 2)
+        last = min(side) if i + 1 == len(widths) else 1
+        layers.append(_parts(norm(n) if norm and i else None, conv(n, m, 3, activation, key=next(keys)), MaxPool(2)))
+        layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), MaxPool(last) if last > 1 else None))
+        n = m
     rest = (side[0] // last) * (side[1] // last) * n
-    layers.append(_parts(MaxPool(last), norm(n) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
+    layers.append(_parts(norm(n) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape)
 
 # %% ../nbs/06_models.ipynb 44

@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['Activation', 'NORMS', 'RULES', 'RECIPES', 'MLPSetting', 'CNNSetting', 'ImageNetworkSetting', 'GaussNewtonSetting',
            'LBFGSSetting', 'GradientDescentSetting', 'ErrorDescentSetting', 'SweepSetting', 'EnergySetting',
-           'AdamSetting', 'SGDSetting', 'AugmentSetting', 'Recipe', 'build_rule', 'find_recipe', 'to_json', 'from_json',
-           'train', 'compare', 'evaluate_run', 'report', 'report_figure']
+           'AdamSetting', 'SGDSetting', 'MuonSetting', 'AugmentSetting', 'Recipe', 'build_rule', 'find_recipe',
+           'to_json', 'from_json', 'train', 'compare', 'evaluate_run', 'report', 'report_figure']
 
 # %% ../nbs/10_recipes.ipynb 2
 import dataclasses
@@ -35,10 +35,10 @@ from .lalr import lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .nudging import CentredPC
 from .log_determinant import LogDeterminant
-from .models import BatchNormConv, Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
+from .models import BatchNormConv, Chain, Conv, GroupNorm, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
 from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
-from .data import Dataset, Scale, load
+from .data import Dataset, Scale, load, whiten
 from .diagnostics import Recorder, layer_figures, run_figures
 from .training import Mirrored, Score, average_weights, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets
 
@@ -99,14 +99,17 @@ class ImageNetworkSetting:
     """Nonlinearity, applied to a state before the linear map."""
     arithmetic: Literal["float32", "bfloat16"] = "float32"
     """Type to which convolutions round what they multiply; weights, states and (on a CPU) sums are float32 (notebook 00b)."""
+    whiten: bool = False
+    """Whitened patches as input in place of pixels (notebook 07); airnet then has no 2x2 convolution."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
         if self.norm not in NORMS: raise InputError(f"norm {self.norm!r} is unknown; expected one of {', '.join(NORMS)}.")
         if self.arithmetic not in ("float32", "bfloat16"): raise InputError(f"arithmetic {self.arithmetic!r} is unknown; expected float32 or bfloat16.")
         width = {"width": self.width[0] if len(self.width) == 1 else self.width} if self.width else {}
+        first = {"patch": 0} if self.whiten and self.model == "airnet" else {}
         norm, conv = NORMS[self.norm]
-        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=self.arithmetic), **width, key=key)
+        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=self.arithmetic), **width, **first, key=key)
 
 # %% ../nbs/10_recipes.ipynb 10
 @dataclass(frozen=True)
@@ -268,6 +271,25 @@ class SGDSetting:
         return _layered(self.lalr, optax.chain(optax.trace(self.momentum, self.nesterov), decay, optax.scale_by_learning_rate(_schedule(self, steps))))
 
 @dataclass(frozen=True)
+class MuonSetting:
+    "Muon: the momentum of each array of weights, made orthogonal as a matrix, with decoupled weight decay; biases and scales go by Adam. The rate as with Adam."
+    rate: float = 5e-3
+    """Peak learning rate, of Muon and of Adam: steps are as long as Adam's are on average."""
+    momentum: float = 0.9
+    """Decay of the running mean of gradients, with Nesterov's look ahead."""
+    warmup: float = 0.05
+    """Fraction of all steps over which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled decay of arrays of two dimensions or more."""
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        "The optimiser for `steps` weight steps."
+        if not 0 <= self.momentum < 1: raise InputError(f"momentum is {self.momentum}; expected 0 <= momentum < 1.")
+        matrix = lambda p: optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim >= 2 else None
+        return optax.contrib.muon(_schedule(self, steps), beta=self.momentum, weight_decay=self.weight_decay, consistent_rms=0.2,
+                                  muon_weight_dimension_numbers=lambda params: jax.tree.map(matrix, params))
+
+@dataclass(frozen=True)
 class AugmentSetting:
     "Random changes of training images, in the order of these options."
     flip: Literal["none", "random", "alternating"] = "none"
@@ -315,7 +337,7 @@ class Recipe:
     """How predictive coding infers the states; not used by backpropagation."""
     energy: EnergySetting = EnergySetting()
     """What is minimised."""
-    optimiser: AdamSetting | SGDSetting = AdamSetting()
+    optimiser: AdamSetting | SGDSetting | MuonSetting = AdamSetting()
     """How weights step."""
     augment: AugmentSetting = AugmentSetting()
     """Random changes of training images."""
@@ -338,6 +360,12 @@ class Recipe:
 
 RULES = ("pc", "cpc", "ipc", "backprop")
 
+def _inference(recipe):
+    "The algorithm; one with a guard knows how coarsely the network's products round."
+    algorithm = recipe.inference.build()
+    coarse = getattr(recipe.network, "arithmetic", "float32") == "bfloat16" and hasattr(algorithm, "rounding")
+    return dataclasses.replace(algorithm, rounding=2.0**-9) if coarse else algorithm
+
 def build_rule(
     recipe: Recipe,
     rule: str, # pc, cpc, ipc or backprop
@@ -345,9 +373,9 @@ def build_rule(
     "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant with another rule than pc."
     if recipe.log_determinant and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} has no log-determinant; use rule pc.")
     if rule == "pc":
-        pc = PredictiveCoding(recipe.energy.build(), recipe.inference.build(), recipe.held)
+        pc = PredictiveCoding(recipe.energy.build(), _inference(recipe), recipe.held)
         return LogDeterminant(pc) if recipe.log_determinant else pc
-    if rule == "cpc": return CentredPC(recipe.energy.build(), recipe.inference.build(), recipe.held)
+    if rule == "cpc": return CentredPC(recipe.energy.build(), _inference(recipe), recipe.held)
     if rule == "backprop": return Backprop(recipe.energy.build_loss())
     if rule != "ipc": raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     if not isinstance(recipe.inference, GradientDescentSetting):
@@ -356,9 +384,14 @@ def build_rule(
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 20
-def _image(dataset, model, optimiser, augment, epochs):
+def _image(dataset, model, optimiser, augment, epochs, batch_size=256, **network):
     "A recipe for colour images, with what they share."
-    return Recipe(dataset, ImageNetworkSetting(model, arithmetic="bfloat16"), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy"), optimiser, augment, label_smoothing=0.1, epochs=epochs, batch_size=256)
+    return Recipe(dataset, ImageNetworkSetting(model, arithmetic="bfloat16", **network), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy"), optimiser, augment,
+                  label_smoothing=0.1, epochs=epochs, batch_size=batch_size)
+
+def _fast(dataset, epochs, width=(), crop=2, cutout=0):
+    "A recipe of few epochs, in the spirit of airbench."
+    return _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), AugmentSetting("alternating", crop=crop, cutout=cutout), epochs, 128, width=width, norm="batch", whiten=True)
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
@@ -369,7 +402,12 @@ RECIPES: dict[str, Recipe] = {
     "mnist-mlp128-skip": Recipe("mnist", MLPSetting(128, 128, skips=True), energy=EnergySetting(output_precision=0.03), optimiser=AdamSetting(5e-4), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
     "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128)), energy=EnergySetting(output_precision=1.0, alpha=0.1, backward="anchor"), epochs=4, train_examples=10_000),
-    "cifar10-airnet": _image("cifar10", "airnet", AdamSetting(4e-3, 0.2, 0.05, decay_all=False), AugmentSetting("alternating", crop=2), epochs=15),
+    "cifar10-cpu": _fast("cifar10", 8),
+    "cifar10-gpu": _fast("cifar10", 20, (128, 384, 384), crop=4, cutout=12),
+    "cifar100-cpu": _fast("cifar100", 10),
+    "cifar100-gpu": _fast("cifar100", 30, (128, 384, 512), crop=4, cutout=12),
+    "tiny-imagenet-cpu": _fast("tiny_imagenet", 5, (64, 128, 256, 256), crop=4),
+    "tiny-imagenet-gpu": _fast("tiny_imagenet", 40, (128, 256, 512, 512), crop=8, cutout=16),
     "cifar10-resnet9": _image("cifar10", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=30),
     "cifar10-vgg5": _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=4), epochs=30),
     "cifar100-resnet9": _image("cifar100", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=40),
@@ -398,7 +436,7 @@ def from_json(
 ) -> Recipe:
     "The recipe that `to_json` wrote. Raises `InputError` for values that are not a recipe's."
     kinds = {c.__name__: c for c in (MLPSetting, CNNSetting, ImageNetworkSetting, GaussNewtonSetting, LBFGSSetting, GradientDescentSetting, ErrorDescentSetting, SweepSetting,
-                                     EnergySetting, AdamSetting, SGDSetting, AugmentSetting)}
+                                     EnergySetting, AdamSetting, SGDSetting, MuonSetting, AugmentSetting)}
     def value(v):
         if not isinstance(v, dict): return v
         return kinds[v["kind"]](**{k: tuple(w) if isinstance(w, list) else w for k, w in v.items() if k != "kind"})
@@ -492,12 +530,13 @@ def train(
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     _claim(out, config, overwrite, resume)
     recorder = _recorder(learning, data, recipe, record_every, out, resume) if record_every else None
-    run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
+    scale = _scale(recipe, data)
+    run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
               resume=resume, callback=recorder, progress=progress)
     save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
     summary = _summary(config, recipe, run)
     if recipe.augment.flip != "none":
-        summary["test_top1_flip"] = evaluate(Mirrored(run.net), data.test_images, data.test_labels, Scale(*data.moments()), recipe.energy.build_loss()).top1
+        summary["test_top1_flip"] = evaluate(Mirrored(Chain(scale, run.net)), data.test_images, data.test_labels, eqx.nn.Identity(), recipe.energy.build_loss()).top1
     _write_json(out / "summary.json", summary)
     _save_figures(out, run.metrics, records=recorder.records if recorder else ())
     return summary
@@ -508,9 +547,14 @@ def _data(recipe, data_dir):
     if recipe.validation: data = data.validation(recipe.validation)
     return data if recipe.train_examples is None else data.take(recipe.train_examples)
 
+def _scale(recipe, data):
+    "What makes an image the network's input."
+    return whiten(data) if getattr(recipe.network, "whiten", False) else Scale(*data.moments())
+
 def _network(recipe, rule, data, key):
     "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without."
-    net = recipe.network.build(data.image_shape, data.n_classes, key)
+    shape = eqx.filter_eval_shape(_scale(recipe, data), data.train_images[0]).shape
+    net = recipe.network.build(shape, data.n_classes, key)
     return net if rule == "backprop" else recipe.energy.equip(net, jax.random.fold_in(key, 1))
 
 def _summary(config, recipe, run):
@@ -525,7 +569,7 @@ def _summary(config, recipe, run):
 def _recorder(learning, data, recipe, every, out, resume, examples=256):
     "A recorder of the first training examples; it goes on where a resumed run does."
     done = read_metrics(out / "metrics.jsonl")[-1]["epoch"] * (len(data.train_images) // recipe.batch_size) if resume else 0
-    x = jax.vmap(Scale(*data.moments()))(jnp.asarray(data.train_images[:examples]))
+    x = jax.vmap(_scale(recipe, data))(jnp.asarray(data.train_images[:examples]))
     y = targets(jnp.asarray(data.train_labels[:examples]), data.n_classes, recipe.label_smoothing)
     return Recorder(learning, x, y, every, out / "layers.jsonl", done)
 
@@ -553,7 +597,7 @@ def evaluate_run(
     data = _data(recipe, data_dir)
     net = _network(recipe, config.get("rule"), data, jax.random.key(0))
     _, net = load_checkpoint(out / "weights.eqx", net)
-    return evaluate(net, data.test_images, data.test_labels, Scale(*data.moments()), recipe.energy.build_loss())
+    return evaluate(net, data.test_images, data.test_labels, _scale(recipe, data), recipe.energy.build_loss())
 
 # %% ../nbs/10_recipes.ipynb 32
 def _runs(folders):

@@ -166,12 +166,15 @@ class Diverged(RuntimeError):
     "The loss stopped being finite."
 
 # %% ../nbs/08_training.ipynb 26
-def _check_fit(net, data, epochs, batch_size, smoothing):
+def _check_fit(net, data, scale, epochs, batch_size, smoothing):
     if not 0 <= smoothing < 1: raise InputError(f"label_smoothing is {smoothing}; expected a number from 0 up to, but not including, 1.")
     if epochs < 0: raise InputError(f"epochs is {epochs}; expected a number >= 0.")
     n = len(data.train_images)
     if not isinstance(batch_size, int) or not 1 <= batch_size <= n: raise InputError(f"batch_size is {batch_size}; expected 1 to {n}, the number of training examples.")
-    if net.shapes[0] != data.image_shape: raise InputError(f"the network takes inputs of shape {net.shapes[0]}; {data.name} has images of shape {data.image_shape}.")
+    shape = eqx.filter_eval_shape(scale, data.train_images[0]).shape
+    if net.shapes[0] != shape:
+        scaled = "" if shape == data.image_shape else f", of shape {shape} when scaled"
+        raise InputError(f"the network takes inputs of shape {net.shapes[0]}; {data.name} has images of shape {data.image_shape}{scaled}.")
     if net.shapes[-1] != (data.n_classes,): raise InputError(f"the network's output has shape {net.shapes[-1]}; {data.name} has {data.n_classes} classes.")
 
 def _loss_of(rule): return rule.loss if isinstance(rule, Backprop) else rule.energy.loss
@@ -202,10 +205,10 @@ def fit(
     Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network that does not fit the data, or a checkpoint that
     does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
     """
-    _check_fit(net, data, epochs, batch_size, label_smoothing)
+    scale = Scale(*data.moments()) if scale is None else scale
+    _check_fit(net, data, scale, epochs, batch_size, label_smoothing)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
-    scale = Scale(*data.moments()) if scale is None else scale
     fixed = _Fixed(jnp.asarray(data.train_images), jnp.asarray(data.train_labels), scale, jnp.arange(len(data.train_labels)), jnp.int32(0))
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
     state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0

@@ -29,7 +29,7 @@ import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.data import SETS, Dataset, Scale, data_folder, describe, load, read_cifar, read_idx, read_jpeg
+from pcnb.data import SETS, Dataset, Scale, data_folder, describe, load, read_cifar, read_idx, read_jpeg, whiten
 from pcnb.network import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -893,6 +893,56 @@ def test_scale_refuses_bad_moments(mean, std):
 def test_scale_refuses_other_images(image):
     for scale in (Scale([0.5], [1.0]), jax.jit(lambda x: Scale([0.5], [1.0])(x))):
         with pytest.raises(InputError, match="image"): scale(image)
+
+
+# ---- whitened patches
+
+def colours(n=40, side=9, channels=3, dtype=np.uint8):
+    "Images whose neighbouring pixels and channels are alike."
+    rng = np.random.default_rng(1)
+    images = rng.normal(size=(n, side, side, channels)).cumsum(1).cumsum(2) + rng.normal(size=(n, side, side, 1)) * 3
+    images = np.clip(128 + 12 * images, 0, 255).astype(np.uint8) if dtype == np.uint8 else images.astype(dtype)
+    return Dataset("toy", images, np.arange(n) % 2, images[:2], np.arange(2), ("a", "b"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("size, directions", [(3, 16), (3, 27), (1, 3), (5, 4)])
+def test_whitened_patches_have_the_identity_as_second_moments(dtype, size, directions):
+    data = colours(dtype=dtype)
+    white, edge = whiten(data, directions, size), size // 2
+    out = np.asarray(jax.vmap(white)(data.train_images), np.float64)
+    assert out.shape == (40, 9, 9, 2 * directions)
+    np.testing.assert_array_equal(out[..., directions:], -out[..., :directions])
+    inside = out[:, edge:9 - edge, edge:9 - edge, :directions].reshape(-1, directions)
+    np.testing.assert_allclose(inside.T @ inside / len(inside), np.eye(directions), atol=5e-3)
+
+
+def test_a_whitened_pixel_is_its_patch_projected():
+    "By loops, the mean colour around the image; and the directions are the leading ones: no others of one length hold more of a patch."
+    data = colours()
+    white, scale = whiten(data, 16), Scale(*data.moments())
+    x = np.pad(np.asarray(scale(jnp.asarray(data.train_images[3])), np.float64), ((1, 1), (1, 1), (0, 0)))
+    out, kernel = np.asarray(white(jnp.asarray(data.train_images[3]))), np.asarray(white.kernel, np.float64)
+    for i, j in ((0, 0), (4, 7), (8, 8)):
+        want = [np.sum(x[i:i + 3, j:j + 3] * kernel[..., k]) for k in range(16)]
+        np.testing.assert_allclose(out[i, j, :16], want, rtol=1e-4, atol=1e-4)
+    rows = kernel.reshape(27, 16)
+    lengths = 1 / np.linalg.norm(rows, axis=0)  # the square roots of the eigenvalues
+    np.testing.assert_allclose((rows * lengths).T @ (rows * lengths), np.eye(16), atol=1e-5)
+    all_lengths = 1 / np.linalg.norm(np.asarray(whiten(data, 27).kernel).reshape(27, 27), axis=0)
+    np.testing.assert_allclose(lengths, np.sort(all_lengths)[::-1][:16], rtol=1e-4)
+
+
+@pytest.mark.parametrize("directions, size, said", [(28, 3, "directions"), (0, 3, "directions"), (4, 2, "size is 2"), (4, 11, "size is 11"), (4, -1, "size is -1")])
+def test_whitening_that_cannot_be(directions, size, said):
+    with pytest.raises(InputError, match=said): whiten(colours(), directions, size)
+
+
+def test_patches_that_do_not_vary_are_said():
+    grey = colours()
+    grey = replace(grey, train_images=np.repeat(grey.train_images[..., :1], 3, -1))  # three equal channels: 9 directions
+    with pytest.raises(InputError, match="vary in 9 directions only"): whiten(grey, 16)
+    assert whiten(grey, 9).kernel.shape == (3, 3, 3, 9)
 
 
 # ---- the real thing

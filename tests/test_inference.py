@@ -319,6 +319,34 @@ def test_guard_shortens_a_step_that_rises(x64):
     assert shorter.energy.sum() < shorter.initial_energy.sum() and shorter.passes > dropped.passes
 
 
+def test_guard_does_not_chase_rounding(x64):
+    "A rise within the rounding is none; a step that rises by more, but promises less than the rounding, is dropped at its first trial."
+    whitened = lambda o, got: np.concatenate([q ** 0.5 * np.asarray(e) for q, e in zip(o.p, got.states.eps)])
+    o, d = rising()
+    z = np.zeros_like(d)
+    net, energy, x, y = o.problem()
+    e, rise = o.energy_at(z), o.energy_at(d) - o.energy_at(z)
+    once = run(net, energy, GaussNewton(1, 3, backtracks=0), x, y).passes
+    taken = run(net, energy, GaussNewton(1, 3, rounding=1.01 * rise / e), x, y)
+    np.testing.assert_allclose(whitened(o, taken), d, atol=1e-8)
+    assert taken.passes == once
+    seen = 0
+    for seed in range(200):
+        o = Oracle(seed=seed, sizes=(4, 5, 4, 2), gain=3.0, p_out=50.0)
+        g, M = o.gauss_newton_system(z)
+        d = np.linalg.solve(M, -g)
+        e, promise, rise = o.energy_at(z), -g @ d, o.energy_at(d) - o.energy_at(z)
+        if rise < 1.1 * promise: continue
+        seen += 1
+        net, energy, x, y = o.problem()
+        given_up = run(net, energy, GaussNewton(1, 3, rounding=1.05 * promise / e), x, y)
+        np.testing.assert_array_equal(whitened(o, given_up), z)
+        tried = run(net, energy, GaussNewton(1, 3, rounding=0.95 * promise / e), x, y)
+        assert given_up.passes == once and tried.passes > once
+        if seen == 3: return
+    raise AssertionError(f"{seen} such networks among 200; expected 3")
+
+
 GUARDED = [  # depth, width, activation, loss, algorithm
     (2, 3, jax.nn.relu, SquaredError(), GaussNewton(2, 2)),
     (4, 6, jax.nn.gelu, CrossEntropy(), GaussNewton(2, 1)),
@@ -520,7 +548,7 @@ def test_one_layer_has_nothing_to_infer(algorithm):
 
 @pytest.mark.parametrize("make", [
     lambda: GradientDescent(-1), lambda: GradientDescent(tolerance=-1.0), lambda: GradientDescent(tolerance=float("nan")), lambda: Sweep(-1), lambda: Sweep(rate=-1.0),
-    lambda: ErrorDescent(-1), lambda: GaussNewton(-1), lambda: GaussNewton(1, -1), lambda: GaussNewton(tolerance=-0.1), lambda: GaussNewton(backtracks=-1),
+    lambda: ErrorDescent(-1), lambda: GaussNewton(-1), lambda: GaussNewton(1, -1), lambda: GaussNewton(tolerance=-0.1), lambda: GaussNewton(backtracks=-1), lambda: GaussNewton(rounding=-1.0),
     lambda: LBFGS(-1), lambda: LBFGS(tolerance=-0.1), lambda: LBFGS(backtracks=-1)])
 def test_negative_settings_are_refused(make):
     with pytest.raises(InputError, match="expected a number >= 0"): make()

@@ -13,7 +13,7 @@ from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cuto
 from pcnb.cli import main
 from pcnb.data import Dataset
 from pcnb.network import InputError
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, MLPSetting, SGDSetting, from_json, report_figure, to_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, ImageNetworkSetting, MLPSetting, MuonSetting, SGDSetting, from_json, report_figure, to_json, train
 from pcnb.training import load_checkpoint
 
 RESULTS = sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json"))
@@ -105,6 +105,46 @@ def test_adam_decays_what_it_should(everything):
     np.testing.assert_allclose(got["bias"], np.full(3, -0.1 * (1 + (0.5 if everything else 0))), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (3, 3, 4, 5), (2, 2, 3, 40)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_muon_steps_are_orthogonal(shape, size):
+    "Whatever the gradient's size, all singular values of a step are 0.2 rate sqrt(longer side), within what five Newton-Schulz iterations leave (0.7 to 1.2), and its vectors are the gradient's."
+    rng = np.random.default_rng(0)
+    fold = lambda v: np.asarray(v, np.float64).reshape(-1, shape[-1])
+    params, gradient = ({"w": jnp.asarray(rng.normal(size=shape) * c, jnp.float32)} for c in (1, size))
+    optimiser = MuonSetting(0.1, warmup=0.0).build(10**6)
+    step = fold(optimiser.update(gradient, optimiser.init(params), params)[0]["w"])
+    u, s, vt = np.linalg.svd(fold(gradient["w"]), full_matrices=False)
+    unit = 0.1 * 0.2 * np.sqrt(max(step.shape))
+    singular = np.diag(u.T @ step @ vt.T)
+    np.testing.assert_allclose(u @ np.diag(singular) @ vt, step, atol=0.02 * unit)
+    assert (singular < -0.6 * unit).all() and (singular > -1.3 * unit).all()
+
+
+def test_muon_decays_matrices_and_leaves_vectors_to_adam():
+    step = lambda decay: steps(MuonSetting(0.1, weight_decay=decay), 3)
+    np.testing.assert_allclose(step(0.25)["weight"] - step(0.0)["weight"], np.full((2, 3), -0.1 * 0.25 * 2), rtol=1e-5)
+    np.testing.assert_allclose(step(0.25)["bias"], np.full(3, -0.1), rtol=1e-2)  # equal gradients: the rate, but for Adam's start-up
+    with pytest.raises(InputError, match="momentum is 1"): MuonSetting(momentum=1.0).build(10)
+
+
+def test_muon_from_the_command_line_and_back(tmp_path, monkeypatch):
+    "A network of every kind of array trains by Muon, stops, and goes on to the same end."
+    data = pictures(side=32)
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
+    recipe = replace(RECIPES["cifar10-cpu"], network=ImageNetworkSetting(width=(4, 4), norm="batch", whiten=True), inference=GaussNewtonSetting(1, 1), optimiser=MuonSetting(), epochs=2, batch_size=32)
+    whole = train("cifar10-cpu", recipe, tmp_path / "whole", progress=False)
+    assert from_json(json.loads((tmp_path / "whole/config.json").read_text())["settings"]) == recipe
+    score = pcnb.evaluate_run(tmp_path / "whole")
+    assert score.top1 == whole["test_top1"]
+    net = recipe.network.build((32, 32, 32), 10, jax.random.key(0))
+    assert net.depth == 5 and net.shapes[1] == (16, 16, 4)  # no layer before the first block
+    turned = replace(data, test_images=data.test_images[:, :, ::-1])
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: turned)
+    again = train("cifar10-cpu", recipe, tmp_path / "turned", progress=False)
+    assert again["test_top1_flip"] == whole["test_top1_flip"]  # the mean over both views does not ask which came first
+
+
 @pytest.mark.parametrize("options, said", [
     ("--network.norm batches", "invalid choice 'batches' for argument '--network.norm'"), ("--network.model vgg6", "invalid choice 'vgg6'"),
     ("--network.width 8 8", "width has 2 values; expected one number or 4"), ("--network.width 0", "width of stage 0 is 0"),
@@ -121,8 +161,8 @@ def test_smoothed_targets_reach_the_rule(tmp_path, monkeypatch):
     "With no steps, the loss of an epoch is what NumPy says of the network's outputs and the smoothed targets."
     data = pictures()
     monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
-    recipe = replace(RECIPES["cifar10-airnet"], network=MLPSetting(4, 1), augment=AugmentSetting(), epochs=1, batch_size=32, optimiser=AdamSetting(0.0))
-    train("cifar10-airnet", recipe, tmp_path / "run", "backprop", progress=False)
+    recipe = replace(RECIPES["cifar10-cpu"], network=MLPSetting(4, 1), augment=AugmentSetting(), epochs=1, batch_size=32, optimiser=AdamSetting(0.0))
+    train("cifar10-cpu", recipe, tmp_path / "run", "backprop", progress=False)
     levels = data.train_images.reshape(-1, 3) / 255
     x = (data.train_images / 255 - levels.mean(0)) / levels.std(0)
     out = np.asarray(jax.vmap(recipe.network.build((8, 8, 3), 10, jax.random.key(0)))(jnp.asarray(x, jnp.float32)), np.float64)
@@ -151,8 +191,8 @@ def test_mirror_image_and_mean_weights_are_scored_as_numpy_says(tmp_path, monkey
     monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
     fit = pcnb.recipes.fit
     monkeypatch.setattr(pcnb.recipes, "fit", lambda *a, **kw: fit(*a, **kw | {"callback": lambda step, net: seen.append(np.asarray(net.layers[0].weight, np.float64))}))
-    recipe = replace(RECIPES["cifar10-airnet"], network=MLPSetting(4, 1), augment=AugmentSetting("random"), epochs=2, batch_size=32, average=0.5, optimiser=AdamSetting(0.1, 0.0))
-    summary = train("cifar10-airnet", recipe, tmp_path / "run", "backprop", progress=False)
+    recipe = replace(RECIPES["cifar10-cpu"], network=MLPSetting(4, 1), augment=AugmentSetting("random"), epochs=2, batch_size=32, average=0.5, optimiser=AdamSetting(0.1, 0.0))
+    summary = train("cifar10-cpu", recipe, tmp_path / "run", "backprop", progress=False)
     assert len(seen) == 2
     levels = data.train_images.reshape(-1, 3) / 255
     x = ((data.test_images / 255 - levels.mean(0)) / levels.std(0))
@@ -162,7 +202,7 @@ def test_mirror_image_and_mean_weights_are_scored_as_numpy_says(tmp_path, monkey
     bias, score = np.asarray(net.layers[0].bias), lambda x: x.reshape(len(x), -1) @ weight.T + np.asarray(net.layers[0].bias)
     assert summary["test_top1"] == pytest.approx((score(x).argmax(1) == data.test_labels).mean())
     assert summary["test_top1_flip"] == pytest.approx(((score(x) + score(x[:, :, ::-1])).argmax(1) == data.test_labels).mean())
-    again = train("cifar10-airnet", recipe, tmp_path / "run", "backprop", resume=True, progress=False)  # nothing is left to do
+    again = train("cifar10-cpu", recipe, tmp_path / "run", "backprop", resume=True, progress=False)  # nothing is left to do
     assert again["test_top1_flip"] == summary["test_top1_flip"] and (load_checkpoint(tmp_path / "run" / "weights.eqx", net)[1].layers[0].bias == bias).all()
 
 
