@@ -71,6 +71,7 @@ class Train(Recipe):
     overwrite: FlagCreatePairsOff[Annotated[bool, arg(help="Replace the run in the folder.")]] = False
     resume: FlagCreatePairsOff[Annotated[bool, arg(help="Go on with the run in the folder, which must have the same settings.")]] = False
     record_every: Annotated[int, arg(metavar="N", help="Record every layer each N weight steps, in layers.jsonl and as maps in figures; 0: not.")] = 0
+    stream: FlagCreatePairsOff[Annotated[bool, arg(help="Read images from disk batch by batch, for a set that does not fit in memory; the run is the same.")]] = False
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only the result.")]] = False
 
     def __call__(self):
@@ -78,7 +79,7 @@ class Train(Recipe):
         if self.resume and self.overwrite: raise InputError("--resume and --overwrite exclude each other; leave out one.")
         recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
         out = self.out or Path("runs", f"{self.name}-{self.rule}-{self.seed}")
-        run = lambda *folder_and_rule, **how: train(self.name, recipe, *folder_and_rule, self.seed, self.data_dir, progress=not self.quiet, record_every=self.record_every, **how)
+        run = lambda *folder_and_rule, **how: train(self.name, recipe, *folder_and_rule, self.seed, self.data_dir, progress=not self.quiet, record_every=self.record_every, stream=self.stream, **how)
         runs = {out: run(out, self.rule, overwrite=self.overwrite, resume=self.resume)}
         if self.twin and self.rule != "backprop":
             if not self.quiet: print("its twin, trained by backpropagation:", flush=True)

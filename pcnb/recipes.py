@@ -508,13 +508,14 @@ def train(
     resume: bool = False, # go on from the run in `out`
     progress: bool = True,
     record_every: int = 0, # weight steps between records of every layer, in layers.jsonl; 0: none
+    stream: bool = False, # read images from disk batch by batch, for a set that does not fit in memory; the run is the same
 ) -> dict: # the summary
     """Run a recipe and write its folder.
 
     Raises `InputError` for settings, data or a folder that will not do; nothing is written before all of them have been checked.
     """
     if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
-    out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir)
+    out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir, stream)
     key = jax.random.key(seed)
     net = _network(recipe, rule, data, key)
     if not 1 <= recipe.batch_size <= len(data.train_images):
@@ -542,8 +543,8 @@ def train(
     return summary
 
 # %% ../nbs/10_recipes.ipynb 29
-def _data(recipe, data_dir):
-    data = load(recipe.dataset, data_dir)
+def _data(recipe, data_dir, stream=False):
+    data = load(recipe.dataset, data_dir, stream)
     if recipe.validation: data = data.validation(recipe.validation)
     return data if recipe.train_examples is None else data.take(recipe.train_examples)
 

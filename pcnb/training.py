@@ -16,13 +16,14 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
 from .network import InputError, PCNetwork, statistics, with_statistics
 from .learning import AbstractRule, Backprop
 from .augmentation import Batch, augment_batch
-from .data import Dataset, Scale
+from .data import Dataset, Records, Scale, batches
 from .diagnostics import diagnose
 
 # %% ../nbs/08_training.ipynb 9
@@ -43,7 +44,7 @@ def _score_batch(net, scale, loss, images, labels, real):
 
 def evaluate(
     net: PCNetwork,
-    images: Array, # (N, height, width, channels), uint8 or float32
+    images: Array | Records, # (N, height, width, channels), uint8 or float32
     labels: Array, # (N,), integers
     scale: Callable, # one raw image -> the network's input
     loss: Callable, # loss(output, one-hot target) of one example
@@ -52,10 +53,12 @@ def evaluate(
     "Top-1, top-5 and mean loss of the forward pass; ties go to the first class, NaN is wrong. Raises `InputError` for no images."
     total, n = jnp.zeros(3), len(images)
     if not n: raise InputError("there are no images to score; expected at least 1.")
+    if not isinstance(images, Records): images = jnp.asarray(images)
+    batch_size = min(batch_size, n)
     for i in range(0, n, batch_size):
         index = jnp.arange(i, i + batch_size)
         part = jnp.minimum(index, n - 1)
-        total += _score_batch(net, scale, loss, jnp.asarray(images)[part], jnp.asarray(labels)[part], index < n)
+        total += _score_batch(net, scale, loss, jnp.asarray(images[part]), jnp.asarray(labels)[part], index < n)
     return Score(*(float(v) / n for v in total))
 
 # %% ../nbs/08_training.ipynb 13
@@ -83,17 +86,17 @@ def targets(
 
 class _Fixed(NamedTuple):
     "What a step reads and does not change."
-    images: Array
+    images: Array  # of the training set, or of the batch, if streamed
     labels: Array
     scale: Callable
     order: Array   # of the epoch
     epoch: Array   # its number, from 0
 
-def _make_step(rule, optimiser, augment, batch_size, classes, smoothing):
+def _make_step(rule, optimiser, augment, batch_size, classes, smoothing, streamed):
     @eqx.filter_jit(donate="all-except-first")
     def step(fixed, net, state, i, key):
         index = jax.lax.dynamic_slice(fixed.order, (i * batch_size,), (batch_size,))
-        batch = Batch(fixed.images[index], targets(fixed.labels[index], classes, smoothing), index, fixed.epoch)
+        batch = Batch(fixed.images if streamed else fixed.images[index], targets(fixed.labels[index], classes, smoothing), index, fixed.epoch)
         images, y, *_ = augment_batch(augment, batch, key=key)
         net, state, report = rule.update(net, optimiser, state, jax.vmap(fixed.scale)(images), y)
         correct = jnp.sum(report.output.argmax(1) == y.argmax(1))
@@ -209,7 +212,10 @@ def fit(
     _check_fit(net, data, scale, epochs, batch_size, label_smoothing)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
-    fixed = _Fixed(jnp.asarray(data.train_images), jnp.asarray(data.train_labels), scale, jnp.arange(len(data.train_labels)), jnp.int32(0))
+    n, streamed = len(data.train_labels), isinstance(data.train_images, Records)
+    images = jnp.zeros((batch_size, *data.image_shape), data.train_images.dtype) if streamed else jnp.asarray(data.train_images)
+    fixed = _Fixed(images, jnp.asarray(data.train_labels), scale, jnp.arange(n), jnp.int32(0))
+    looked_at = jnp.asarray(data.train_images[:diagnose_examples]) if diagnose_examples else None
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
     state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0
     if resume:
@@ -217,19 +223,20 @@ def fit(
         metrics = read_metrics(Path(folder) / "metrics.jsonl")[:done]
         if len(metrics) < done: raise InputError(f"{folder} is damaged: metrics.jsonl has {len(metrics)} epochs, checkpoint.eqx {done}; start anew.")
     if done >= epochs: return Run(averaged(net, state) if done else net, metrics, 0.0)
-    steps, key = len(fixed.images) // batch_size, jax.random.key(seed)
+    steps, key = n // batch_size, jax.random.key(seed)
     keys = lambda epoch: jax.random.split(jax.random.fold_in(key, epoch))
     start = time.perf_counter()
-    step = _make_step(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing)
+    step = _make_step(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing, streamed)
     step = step.lower(fixed, net, state, jnp.int32(0), key).compile()
     compiling = time.perf_counter() - start
     for epoch in range(done, epochs):
         order_key, augment_key = keys(epoch)
-        fixed = fixed._replace(order=jax.random.permutation(order_key, len(fixed.images)), epoch=jnp.int32(epoch))
+        fixed = fixed._replace(order=jax.random.permutation(order_key, n), epoch=jnp.int32(epoch))
         see = None if callback is None else lambda i, net: callback(epoch * steps + i, net)
-        net, state, sums, seconds = _epoch(step, fixed, net, state, augment_key, steps, f"epoch {epoch + 1}/{epochs}", progress, see)
+        feed = batches(data.train_images, np.asarray(fixed.order), batch_size) if streamed else None
+        net, state, sums, seconds = _epoch(step, fixed, feed, net, state, augment_key, steps, f"epoch {epoch + 1}/{epochs}", progress, see)
         line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
-        if diagnose_examples: line |= _diagnosis(net, rule, fixed, targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
+        if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
         metrics.append(line)
         if folder is not None:
             _write_metrics(Path(folder) / "metrics.jsonl", metrics)
@@ -239,11 +246,12 @@ def fit(
     return Run(averaged(net, state), metrics, compiling)
 
 # %% ../nbs/08_training.ipynb 28
-def _epoch(step, fixed, net, state, key, steps, label, progress, see):
-    "One epoch of steps; returns the sums of their metrics and the seconds they took."
+def _epoch(step, fixed, feed, net, state, key, steps, label, progress, see):
+    "One epoch of steps, their images from `feed` unless it is None; returns the sums of their metrics and the seconds they took."
     start, sums = time.perf_counter(), []
     with tqdm(range(steps), desc=label, leave=False, disable=not progress) as bar:
         for i in bar:
+            if feed is not None: fixed = fixed._replace(images=jnp.asarray(next(feed)))
             net, state, metrics = step(fixed, net, state, jnp.int32(i), jax.random.fold_in(key, i))
             sums.append(metrics)
             if see is not None: see(i + 1, net)
@@ -257,9 +265,9 @@ def _measure(net, rule, data, fixed, sums, examples, seconds):
     return dict(loss=sums.loss / examples, train_energy=sums.energy / examples, train_top1=sums.correct / examples,
                 test_top1=score.top1, test_top5=score.top5, test_loss=score.loss, seconds=seconds, examples_per_second=examples / seconds)
 
-def _diagnosis(net, rule, fixed, y):
-    "The diagnosis of the first examples, whose targets are `y`."
-    return _floats(diagnose(net, rule, jax.vmap(fixed.scale)(fixed.images[:len(y)]), y)._asdict())
+def _diagnosis(net, rule, x, y):
+    "The diagnosis of some examples."
+    return _floats(diagnose(net, rule, x, y)._asdict())
 
 def _write_metrics(path, metrics):
     temporary = path.with_name(f".{path.name}.part")

@@ -29,7 +29,7 @@ import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.data import SETS, Dataset, Scale, data_folder, describe, load, read_cifar, read_idx, read_jpeg, whiten
+from pcnb.data import SETS, Dataset, Records, Scale, batches, data_folder, describe, load, read_cifar, read_idx, read_jpeg, whiten
 from pcnb.network import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -815,6 +815,43 @@ def test_a_zip_of_tiny_imagenet(photos):
         text = photos.refused(replace(entry, files={"tiny.zip": hashlib.sha256(raw[:cut]).hexdigest()}))
         assert "tiny.zip" in text and "get it again" in text
         assert "SHA-256" in photos.refused(entry)
+
+
+def test_tiny_imagenet_streams_the_same_batches(photos):
+    "From its files: as arrays and as records, both parts, and what is made of them."
+    held, streamed = load(photos.entry, photos.root), load(photos.entry, photos.root, stream=True)
+    assert isinstance(streamed.train_images, Records) and streamed.train_images.shape == held.train_images.shape and streamed.source == held.source
+    order = np.random.default_rng(0).permutation(len(held.train_labels))
+    got = list(batches(streamed.train_images, order, 2))
+    assert len(got) == len(order) // 2 == 3
+    for i, images in enumerate(got): np.testing.assert_array_equal(images, held.train_images[order[2 * i:2 * i + 2]])
+    np.testing.assert_array_equal(streamed.test_images[:], held.test_images)
+    for part in ("train_labels", "test_labels"): np.testing.assert_array_equal(getattr(streamed, part), getattr(held, part))
+    np.testing.assert_array_equal(streamed.moments(), held.moments())
+    a, b = (d.take(5).validation(2).train_images[:] for d in (streamed, held))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_records_are_indexed_as_an_array_is(photos):
+    held, images = (load(photos.entry, photos.root, stream=stream).train_images for stream in (False, True))
+    n = len(held)
+    for index in (0, n - 1, slice(2, 5), slice(0), [3, 3, 1], np.arange(n)[::-1], jnp.array([1, 0])): np.testing.assert_array_equal(images[index], held[index])
+    assert images[slice(0)].shape == (0, *held.shape[1:])
+    chosen = images.select(np.array([4, 2, 0]))
+    np.testing.assert_array_equal(chosen[1:], held[[2, 0]])
+    assert len(chosen) == 3 and chosen.shape == (3, *held.shape[1:]) and chosen.dtype == np.uint8
+
+
+def test_streams_that_cannot_be(photos):
+    with pytest.raises(InputError, match="leave out stream"): load("digits", stream=True)
+    load(photos.entry, photos.root)
+    records = photos.root / photos.entry.name / "prepared" / "tfds"
+    shutil.rmtree(records)
+    assert load(photos.entry, photos.root).n_classes  # arrays do not need them
+    with pytest.raises(InputError, match="cannot be trusted.*Delete this folder"): load(photos.entry, photos.root, stream=True)
+    class Floats(list):
+        def __getitem__(self, i): return {"image": np.zeros((2, 2, 1), np.float32)}
+    with pytest.raises(InputError, match="float32"): Records(Floats([1]))
 
 
 def test_a_part_of_the_classes_is_not_the_benchmark(photos):

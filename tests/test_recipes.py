@@ -131,7 +131,7 @@ def test_muon_decays_matrices_and_leaves_vectors_to_adam():
 def test_muon_from_the_command_line_and_back(tmp_path, monkeypatch):
     "A network of every kind of array trains by Muon, stops, and goes on to the same end."
     data = pictures(side=32)
-    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: data)
     recipe = replace(RECIPES["cifar10-cpu"], network=ImageNetworkSetting(width=(4, 4), norm="batch", whiten=True), inference=GaussNewtonSetting(1, 1), optimiser=MuonSetting(), epochs=2, batch_size=32)
     whole = train("cifar10-cpu", recipe, tmp_path / "whole", progress=False)
     assert from_json(json.loads((tmp_path / "whole/config.json").read_text())["settings"]) == recipe
@@ -140,7 +140,7 @@ def test_muon_from_the_command_line_and_back(tmp_path, monkeypatch):
     net = recipe.network.build((32, 32, 32), 10, jax.random.key(0))
     assert net.depth == 5 and net.shapes[1] == (16, 16, 4)  # no layer before the first block
     turned = replace(data, test_images=data.test_images[:, :, ::-1])
-    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: turned)
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: turned)
     again = train("cifar10-cpu", recipe, tmp_path / "turned", progress=False)
     assert again["test_top1_flip"] == whole["test_top1_flip"]  # the mean over both views does not ask which came first
 
@@ -152,7 +152,7 @@ def test_muon_from_the_command_line_and_back(tmp_path, monkeypatch):
     ("--augment.flip up", "invalid choice 'up'"),
 ])
 def test_bad_options_of_image_networks(options, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: pictures(side=32, name=name))
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures(side=32, name=name))
     with pytest.raises(SystemExit) as stop: main(["train", "cifar10-resnet9", "--out", str(tmp_path / "run"), "--batch-size", "32", "--network.width", "8", *options.split()])
     assert stop.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
@@ -160,7 +160,7 @@ def test_bad_options_of_image_networks(options, said, tmp_path, capsys, monkeypa
 def test_smoothed_targets_reach_the_rule(tmp_path, monkeypatch):
     "With no steps, the loss of an epoch is what NumPy says of the network's outputs and the smoothed targets."
     data = pictures()
-    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: data)
     recipe = replace(RECIPES["cifar10-cpu"], network=MLPSetting(4, 1), augment=AugmentSetting(), epochs=1, batch_size=32, optimiser=AdamSetting(0.0))
     train("cifar10-cpu", recipe, tmp_path / "run", "backprop", progress=False)
     levels = data.train_images.reshape(-1, 3) / 255
@@ -188,7 +188,7 @@ def test_skips_of_a_cnn_pass_blocks_of_two(getkey):
 def test_mirror_image_and_mean_weights_are_scored_as_numpy_says(tmp_path, monkeypatch):
     "A linear network on the mean of the weights after each of two steps; 2/3 of the last and 1/3 of the first for a decay of 1/2."
     data, seen = pictures(), []
-    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder: data)
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: data)
     fit = pcnb.recipes.fit
     monkeypatch.setattr(pcnb.recipes, "fit", lambda *a, **kw: fit(*a, **kw | {"callback": lambda step, net: seen.append(np.asarray(net.layers[0].weight, np.float64))}))
     recipe = replace(RECIPES["cifar10-cpu"], network=MLPSetting(4, 1), augment=AugmentSetting("random"), epochs=2, batch_size=32, average=0.5, optimiser=AdamSetting(0.1, 0.0))

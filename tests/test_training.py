@@ -1,5 +1,6 @@
 """The loop: which images a step sees, exact resumption, checkpoints that survive a crash, scores against NumPy."""
 import json
+from dataclasses import replace
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ import pytest
 from hypothesis import given
 
 import pcnb.training
-from pcnb.data import Dataset, Scale
+from pcnb.augmentation import Shift
+from pcnb.data import Dataset, Records, Scale
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
 from pcnb.inference import GradientDescent
 from pcnb.learning import AbstractRule, Backprop, PredictiveCoding, Report
@@ -57,6 +59,52 @@ def seen(data, epochs, batch_size=5, net=None, **settings):
     run = fit(net, rule, optax.sgd(0.1), data, epochs, batch_size, **{"scale": lambda image: image, "progress": False, "diagnose_examples": 0} | settings)
     jax.effects_barrier()
     return got, run
+
+
+class Disk:
+    "A data source as TFDS has them, which notes what is read at once."
+    def __init__(self, images): self.images, self.read = images, []
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i): return {"image": self.images[i]}
+    def __getitems__(self, rows):
+        self.read.append(len(rows))
+        return [{"image": self.images[i]} for i in rows]
+
+
+def on_disk(data):
+    parts = {f"{part}_images": Disk(getattr(data, f"{part}_images")) for part in ("train", "test")}
+    return replace(data, **{name: Records(disk) for name, disk in parts.items()}), parts
+
+
+def bytes_of(data): return replace(data, train_images=data.train_images.astype(np.uint8), test_images=data.test_images.astype(np.uint8))
+
+
+@pytest.mark.parametrize("cut", [lambda d: d, lambda d: d.take(17), lambda d: d.validation(6, 3)])
+def test_streamed_batches_are_the_same(data, cut):
+    "Order, targets, held-out examples; and nothing but batches is ever read."
+    data = bytes_of(data)
+    streamed, disks = on_disk(data)
+    (got, run), (want, other) = (seen(cut(d), 3, scale=lambda image: image.astype(jnp.float32)) for d in (streamed, data))
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want):
+        for u, v in zip(a, b): np.testing.assert_array_equal(u, v)
+    assert [m["test_top1"] for m in run.metrics] == [m["test_top1"] for m in other.metrics]
+    assert max(disks["train_images"].read) <= 6  # a batch, or the held-out examples
+
+
+def test_a_streamed_run_is_the_same_run(data, tmp_path):
+    "With augmentation, diagnostics and a stop in between."
+    data = bytes_of(data)
+    streamed, _ = on_disk(data)
+    net = mlp((2, 2, 1), CLASSES, width=4, depth=2, key=jax.random.key(0))
+    rule = PredictiveCoding(inference=GradientDescent(2))
+    run = lambda d, epochs, **how: fit(net, rule, optax.sgd(0.1, 0.9), d, epochs, 5, augment=Shift(1), progress=False, diagnose_examples=6, **how)
+    whole = run(data, 3)
+    run(streamed, 2, folder=tmp_path)
+    again = run(streamed, 3, folder=tmp_path, resume=True)
+    for a, b in zip(arrays(whole.net), arrays(again.net), strict=True): np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    for a, b in zip(whole.metrics, again.metrics, strict=True):
+        for key in ("loss", "train_top1", "test_top1", "test_loss", "cosine", "relative_residual"): np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6)
 
 
 def test_order_of_examples(data):
