@@ -31,7 +31,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Float
 from tyro.conf import FlagCreatePairsOff, arg
 from . import models
-from .network import InputError, PCNetwork
+from .network import InputError, PCNetwork, choose
 from .energy import ForwardEnergy
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, Sweep, wave
 from .learning import AbstractRule, Backprop, PredictiveCoding
@@ -47,16 +47,12 @@ BENCH_NETWORKS: dict[str, tuple] = {
     "cnn": ((28, 28, 1), lambda in_shape, classes, key: RECIPES["mnist-cnn"].network.build(in_shape, classes, key)),
 } | {name: ((32, 32, 3), build) for name, build in vars(models).items() if re.fullmatch(r"(vgg|resnet)\d+", name)}
 
-def _pick(what, name, known):
-    if name not in known: raise InputError(f"{what} {name!r} is unknown; expected one of {', '.join(known)}.")
-    return known[name]
-
 def bench_network(
     name: str, # mlp3, mlp16, cnn, or a vgg or resnet of `pcnb.models`
     seed: int = 0,
 ) -> PCNetwork: # ten classes
     "The network of this name with fresh weights. Raises `InputError` for another name."
-    in_shape, build = _pick("network", name, BENCH_NETWORKS)
+    in_shape, build = choose("network", name, BENCH_NETWORKS)
     return build(in_shape, 10, key=jax.random.key(seed))
 
 def bench_images(

@@ -6,7 +6,6 @@
 __all__ = ['DataFolder', 'COMMANDS', 'Train', 'Recipes', 'Models', 'Evaluate', 'RunReport', 'Data', 'main']
 
 # %% ../nbs/11_cli.ipynb 2
-import difflib
 import io
 import re
 import sys
@@ -19,7 +18,7 @@ import jax
 import tyro
 from tyro.conf import AvoidSubcommands, Fixed, FlagCreatePairsOff, Positional, Suppress, arg, subcommand
 from . import __version__
-from .network import InputError
+from .network import InputError, choose
 from .memory import keep_memory
 from .models import MODELS, find_model, layer_table
 from .data import SETS, describe
@@ -205,9 +204,7 @@ def _run(argv):
     command, *args = argv or ["--help"]
     if command == "--version": return print("pcnb", __version__)
     if command in ("-h", "--help"): return print(_help())
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        raise InputError(f"command {command!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are {', '.join(COMMANDS)}.")
+    choose("command", command, COMMANDS)
     if command != "train": return _parse(COMMANDS[command], args, f"pcnb {command}")()
     if args[:1] in (["-h"], ["--help"]): return print(_train_help())
     if not args or args[0].startswith("-"): raise InputError(f"the recipe comes first: pcnb train NAME [options]. There are {', '.join(RECIPES)}.")

@@ -7,7 +7,7 @@ __all__ = ['SETS', 'Records', 'Dataset', 'ImageSet', 'read_idx', 'read_cifar', '
            'describe', 'Scale', 'Whiten', 'whiten']
 
 # %% ../nbs/07_data.ipynb 2
-import difflib, functools, gzip, hashlib, http.client, io, json, os, shutil, struct, tarfile, tempfile, urllib.request, zipfile, zlib
+import functools, gzip, hashlib, http.client, io, json, os, shutil, struct, tarfile, tempfile, urllib.request, zipfile, zlib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from .network import InputError
+from .network import InputError, choose
 from .convolution import conv
 
 # %% ../nbs/07_data.ipynb 7
@@ -491,10 +491,7 @@ def load(
 
     Raises `InputError`, in one line that says what to do, if the name is unknown, a file is missing and cannot be
     downloaded, a file or the prepared copy is damaged, the folder cannot be written, or an embedded set is to be streamed."""
-    entry = SETS.get(name) if isinstance(name, str) else name
-    if not isinstance(entry, ImageSet):
-        close = difflib.get_close_matches(str(name), SETS, 1)
-        raise InputError(f"There is no set {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}. Known: {', '.join(SETS)}.")
+    entry = name if isinstance(name, ImageSet) else choose("set", name, SETS)
     if entry.embedded and stream: raise InputError(f"{entry.name} is a part of another package and has no records on disk; leave out stream.")
     if entry.embedded: return _dataset(entry, entry.read(entry, None), {"files": {}, "verified": True})
     folder = data_folder(data_dir) / entry.name

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from .network import InputError, PCNetwork, Skip, Statistics, parameter_count
+from .network import InputError, PCNetwork, Skip, Statistics, choose, parameter_count
 from .convolution import conv as convolve
 from .skip import branch_gains, residual_blocks
 
@@ -44,8 +44,7 @@ def activation(
     name: str, # gelu, relu, silu or tanh
 ) -> Callable:
     "The activation of this name. Raises `InputError` for another."
-    if name not in ACTIVATIONS: raise InputError(f"activation {name!r} is unknown; expected one of {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
+    return choose("activation", name, ACTIVATIONS)
 
 def identity(x: Array) -> Array:
     "The activation of a first layer, which sees the raw input."
@@ -514,7 +513,4 @@ def find_model(
     name: str, # a name in `MODELS`
 ) -> Callable: # (in_shape, classes, ..., key) -> PCNetwork
     "The function that builds this network. Raises `InputError`, with a suggestion, for another name."
-    import difflib
-    if name in MODELS: return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, 1)
-    raise InputError(f"model {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are {', '.join(MODELS)}.")
+    return choose("model", name, MODELS)

@@ -7,7 +7,8 @@ __all__ = ['BATCH', 'InputError', 'States', 'Skip', 'PCNetwork', 'Statistics', '
            'live', 'freeze', 'parameter_count']
 
 # %% ../nbs/00_network.ipynb 4
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 import equinox as eqx
 import jax
@@ -18,7 +19,18 @@ from jaxtyping import Array, Float
 class InputError(ValueError):
     "Bad input. The message names the value, what was expected and what to do."
 
-# %% ../nbs/00_network.ipynb 15
+# %% ../nbs/00_network.ipynb 14
+def choose(
+    what: str, # what is chosen, for the message
+    name, # which one
+    known: Collection[str], # the names that there are; or a dictionary
+): # the name, or what the dictionary holds under it
+    "Look up a name. Raises `InputError`, with a suggestion, for one that is unknown."
+    if isinstance(name, str) and name in known: return known[name] if isinstance(known, dict) else name
+    near = difflib.get_close_matches(str(name), known, 1)
+    raise InputError(f"{what} {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are {', '.join(known)}.")
+
+# %% ../nbs/00_network.ipynb 17
 class States(NamedTuple):
     "The states of one example: `x` has `L + 1` entries, input and output included, `eps` the `L - 1` errors of the hidden ones."
     x: list    # x[0] the input, x[1..L-1] the hidden states, x[L] the output mu_L
@@ -29,14 +41,14 @@ class States(NamedTuple):
         "The hidden states."
         return self.x[1:-1]
 
-# %% ../nbs/00_network.ipynb 17
+# %% ../nbs/00_network.ipynb 19
 class Skip(eqx.Module):
     "Adds `module(x[src])` to the prediction of state `dst`. The default module is the identity."
     src: int = eqx.field(static=True)         # state that is read, 0 <= src
     dst: int = eqx.field(static=True)         # state whose prediction is added to, src < dst <= L
     module: Callable = eqx.nn.Identity()      # maps the shape of state src to the shape of state dst
 
-# %% ../nbs/00_network.ipynb 19
+# %% ../nbs/00_network.ipynb 21
 def _shape_after(what, module, shape):
     "Shape that `module` gives for a state of `shape`, without running it."
     try: return eqx.filter_eval_shape(module, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
@@ -50,7 +62,7 @@ def _shapes(layers, in_shape):
     for l, f in enumerate(layers, 1): shapes.append(_shape_after(f"layer {l}", f, shapes[-1]))
     return tuple(shapes)
 
-# %% ../nbs/00_network.ipynb 20
+# %% ../nbs/00_network.ipynb 22
 def _check_skips(skips, shapes):
     L = len(shapes) - 1
     for s in skips:
@@ -68,7 +80,7 @@ def _check_decoders(decoders, shapes):
         got = _shape_after(f"decoder {l}", g, shapes[l])
         if got != shapes[l - 1]: raise InputError(f"decoder {l} gives shape {got}, but state {l - 1} has shape {shapes[l - 1]}.")
 
-# %% ../nbs/00_network.ipynb 22
+# %% ../nbs/00_network.ipynb 24
 class PCNetwork(eqx.Module):
     """Layers, skips and backward predictions of a predictive-coding network; for one example.
 
@@ -136,7 +148,7 @@ class PCNetwork(eqx.Module):
             raise InputError(f"the input has shape {jnp.shape(x0)}; this network takes one example of shape {self.shapes[0]}. "
                              "For a batch, use jax.vmap.")
 
-# %% ../nbs/00_network.ipynb 34
+# %% ../nbs/00_network.ipynb 36
 BATCH = "batch"  # the name of the mapped axis over which `measured` takes means
 
 class Statistics(eqx.Module):
@@ -160,7 +172,7 @@ def measured(z: Float[Array, "... c"]) -> tuple[Float[Array, "c"], Float[Array, 
     centre = mean(z)
     return centre, mean((z - centre.reshape((1,) * (z.ndim - 1) + (-1,))) ** 2)
 
-# %% ../nbs/00_network.ipynb 35
+# %% ../nbs/00_network.ipynb 37
 def _is_statistics(part): return isinstance(part, Statistics)
 
 def statistics(

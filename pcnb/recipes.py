@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from .network import InputError, PCNetwork, parameter_count
+from .network import InputError, PCNetwork, choose, parameter_count
 from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, Learned, SquaredError, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep
 from .schedules import Spike
@@ -104,12 +104,11 @@ class ImageNetworkSetting:
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
-        if self.norm not in NORMS: raise InputError(f"norm {self.norm!r} is unknown; expected one of {', '.join(NORMS)}.")
-        if self.arithmetic not in ("float32", "bfloat16"): raise InputError(f"arithmetic {self.arithmetic!r} is unknown; expected float32 or bfloat16.")
+        arithmetic = choose("arithmetic", self.arithmetic, ("float32", "bfloat16"))
         width = {"width": self.width[0] if len(self.width) == 1 else self.width} if self.width else {}
         first = {"patch": 0} if self.whiten and self.model == "airnet" else {}
-        norm, conv = NORMS[self.norm]
-        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=self.arithmetic), **width, **first, key=key)
+        norm, conv = choose("norm", self.norm, NORMS)
+        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, key=key)
 
 # %% ../nbs/10_recipes.ipynb 10
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class GradientDescentSetting:
 
     def build(self) -> AbstractInference:
         "The algorithm."
-        return GradientDescent(self.steps, _stepper(self.rate, self.momentum), schedule={"constant": None, "spike": Spike()}[self.schedule])
+        return GradientDescent(self.steps, _stepper(self.rate, self.momentum), schedule=choose("schedule", self.schedule, {"constant": None, "spike": Spike()}))
 
 @dataclass(frozen=True)
 class ErrorDescentSetting:
@@ -201,7 +200,7 @@ class EnergySetting:
     def build(self) -> AbstractEnergy:
         "The energy."
         if self.alpha == 0: return ForwardEnergy(self.build_loss(), self.precision, self.output_precision)
-        back = {"tied": Tied, "anchor": Anchor, "learned": Learned}[self.backward]()
+        back = choose("backward", self.backward, {"tied": Tied, "anchor": Anchor, "learned": Learned})()
         return BidirectionalEnergy(self.build_loss(), self.precision, self.output_precision, self.alpha, back)
 
     def equip(self, net: PCNetwork, key) -> PCNetwork:
@@ -210,9 +209,7 @@ class EnergySetting:
 
     def build_loss(self):
         "The loss of the output."
-        losses = {"squared-error": SquaredError, "cross-entropy": CrossEntropy}
-        if self.loss not in losses: raise InputError(f"loss {self.loss!r} is unknown; expected one of {', '.join(losses)}.")
-        return losses[self.loss]()
+        return choose("loss", self.loss, {"squared-error": SquaredError, "cross-entropy": CrossEntropy})()
 
 # %% ../nbs/10_recipes.ipynb 15
 def _schedule(setting, steps):
@@ -313,10 +310,9 @@ class AugmentSetting:
         "The augmentation, or None if nothing changes. Raises `InputError` for two options that do the same work."
         if self.crop and self.pixels: raise InputError(f"crop is {self.crop} and pixels {self.pixels}; both shift the image, so leave one at 0.")
         if self.mixup and self.cutmix: raise InputError(f"mixup is {self.mixup} and cutmix {self.cutmix}; both mix two images, so leave one at 0.")
-        flips = {"none": None, "random": Flip(), "alternating": AlternatingFlip()}
-        if self.flip not in flips: raise InputError(f"flip {self.flip!r} is unknown; expected one of {', '.join(flips)}.")
+        flip = choose("flip", self.flip, {"none": None, "random": Flip(), "alternating": AlternatingFlip()})
         move = Affine(self.pixels, self.degrees, self.scale) if self.degrees or self.scale else Shift(self.pixels) if self.pixels else None
-        changes = [flips[self.flip], Crop(self.crop) if self.crop else None, move, Cutout(self.cutout, self._colour(data)) if self.cutout else None,
+        changes = [flip, Crop(self.crop) if self.crop else None, move, Cutout(self.cutout, self._colour(data)) if self.cutout else None,
                    Mixup(self.mixup) if self.mixup else None, CutMix(self.cutmix) if self.cutmix else None]
         changes = [c for c in changes if c is not None]
         return Compose(*changes) if len(changes) > 1 else changes[0] if changes else None
@@ -371,13 +367,13 @@ def build_rule(
     rule: str, # pc, cpc, ipc or backprop
 ) -> AbstractRule:
     "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant with another rule than pc."
+    choose("rule", rule, RULES)
     if recipe.log_determinant and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} has no log-determinant; use rule pc.")
     if rule == "pc":
         pc = PredictiveCoding(recipe.energy.build(), _inference(recipe), recipe.held)
         return LogDeterminant(pc) if recipe.log_determinant else pc
     if rule == "cpc": return CentredPC(recipe.energy.build(), _inference(recipe), recipe.held)
     if rule == "backprop": return Backprop(recipe.energy.build_loss())
-    if rule != "ipc": raise InputError(f"rule {rule!r} is unknown; expected one of {', '.join(RULES)}.")
     if not isinstance(recipe.inference, GradientDescentSetting):
         raise InputError("rule ipc needs gradient descent on the states; add inference:gradient-descent.")
     if recipe.held: raise InputError("rule ipc learns at the states as they move; leave out held.")
@@ -418,10 +414,7 @@ def find_recipe(
     name: str,
 ) -> Recipe:
     "The recipe of this name. Raises `InputError`, with a suggestion, for another."
-    import difflib
-    if name in RECIPES: return RECIPES[name]
-    near = difflib.get_close_matches(name, RECIPES, 1)
-    raise InputError(f"recipe {name!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else ".") + f" There are {', '.join(RECIPES)}.")
+    return choose("recipe", name, RECIPES)
 
 # %% ../nbs/10_recipes.ipynb 23
 def to_json(

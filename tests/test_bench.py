@@ -179,7 +179,7 @@ def test_images_are_of_the_form_asked_for():
 # Bad input
 
 @pytest.mark.parametrize("options, said", [
-    ("--networks mpl3", "network 'mpl3' is unknown; expected one of tiny"),
+    ("--networks mpl3", "network 'mpl3' is unknown. There are tiny"),
     ("--inference newton", "inference 'newton' is unknown; expected a name like gn1x2"),
     ("--batch-sizes 0", "batch_sizes is 0; expected at least 1"),
     ("--repetitions 0", "repetitions is 0; expected at least 1"),
