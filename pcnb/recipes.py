@@ -387,7 +387,7 @@ def _image(dataset, model, optimiser, augment, epochs, batch_size=256, output_pr
 
 def _fast(dataset, epochs, width=(), crop=2, cutout=0):
     "A recipe of few epochs, in the spirit of airbench."
-    return _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), AugmentSetting("alternating", crop=crop, cutout=cutout), epochs, 128, 0.03, width=width, norm="batch", whiten=True)
+    return _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), AugmentSetting("alternating", crop=crop, cutout=cutout), epochs, 128, 0.01, width=width, norm="batch", whiten=True)
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
