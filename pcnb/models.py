@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'MODELS', 'second_moment', 'activation', 'identity', 'max_pool', 'Dense', 'Conv', 'mlp', 'cnn',
            'avg_pool', 'MaxPool', 'AvgPool', 'GlobalAverage', 'Chain', 'GroupNorm', 'layer_norm', 'StandardisedConv',
            'BatchNorm', 'BatchNormConv', 'vgg', 'vgg5', 'vgg7', 'vgg9', 'vgg10', 'airnet', 'PoolAndPad', 'pool_and_pad',
-           'strided_projection', 'resnet', 'resnet18', 'wideresnet', 'resnet9', 'layer_table', 'find_model']
+           'resnet', 'resnet18', 'wideresnet', 'resnet9', 'layer_table', 'find_model']
 
 # %% ../nbs/06_models.ipynb 3
 from collections.abc import Callable, Sequence
@@ -405,10 +405,6 @@ def pool_and_pad(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], key: Ar
     "The projection of a skip without weights; the identity where the shapes are equal."
     return eqx.nn.Identity() if src_shape == dst_shape else PoolAndPad(src_shape[0] // dst_shape[0], dst_shape[-1])
 
-def strided_projection(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], key: Array) -> Callable:
-    "The projection of a skip by a strided 1x1 convolution; the identity where the shapes are equal."
-    return eqx.nn.Identity() if src_shape == dst_shape else Conv(src_shape[-1], dst_shape[-1], 1, stride=-(-src_shape[0] // dst_shape[0]), key=key)
-
 def resnet(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
@@ -418,7 +414,7 @@ def resnet(
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = None, # norm(channels) -> a part of a layer
     conv: Callable = Conv, # Conv or StandardisedConv
-    project: Callable = pool_and_pad, # project(src_shape, dst_shape, key) -> module of a skip whose shapes differ
+    project: Callable = pool_and_pad, # project(src_shape, dst_shape, key) -> module of a skip; learned_projection for a strided 1x1 convolution
     output_gain: float = 0.1, # factor on the output layer's initial weights
     *, key: Array,
 ) -> PCNetwork:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pcnb.models import (AvgPool, Chain, Conv, Dense, GlobalAverage, GroupNorm, MaxPool, PoolAndPad, StandardisedConv, airnet, avg_pool, layer_norm, layer_table,
-                         max_pool, pool_and_pad, resnet, resnet9, resnet18, strided_projection, vgg, vgg5, vgg7, vgg9, vgg10, wideresnet)
+                         max_pool, pool_and_pad, resnet, resnet9, resnet18, vgg, vgg5, vgg7, vgg9, vgg10, wideresnet)
 from pcnb.network import InputError, PCNetwork, parameter_count
+from pcnb.skip import learned_projection
 
 KEY = jax.random.key(0)
 
@@ -48,8 +49,8 @@ def test_resnet18_has_18_layers_and_8_skips():
     assert net.depth == 18 and [(s.src, s.dst) for s in net.skips] == [(l, l + 2) for l in range(1, 17, 2)]
     assert n == convolutions([3, *channels]) + 512 * 10 + 10
     assert net.shapes == ((32, 32, 3), *[(32 * 64 // c, 32 * 64 // c, c) for c in channels], (10,))
-    projected = sketch(resnet18, (32, 32, 3), 10, project=strided_projection)[1]
-    assert projected - n == sum(c * 2 * c + 2 * c for c in (64, 128, 256))
+    projected = sketch(resnet18, (32, 32, 3), 10, project=learned_projection)[1]
+    assert projected - n == sum(c * 2 * c for c in (64, 128, 256))
 
 
 def test_resnet9_and_airnet_by_formula():
@@ -72,7 +73,7 @@ def test_wideresnet_by_formula(depth, widen):
 TINY = {
     "vgg": lambda **kw: vgg((8, 8, 3), 5, ((8,), (8, 16)), key=KEY, **kw), "resnet": lambda **kw: resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), key=KEY, **kw),
     "resnet9": lambda **kw: resnet9((8, 8, 3), 5, 8, key=KEY, **kw), "airnet": lambda **kw: airnet((8, 8, 3), 5, (8, 16), 8, key=KEY, **kw),
-    "projected": lambda **kw: resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), project=strided_projection, key=KEY, **kw),
+    "projected": lambda **kw: resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), project=learned_projection, key=KEY, **kw),
 }
 NORMS = {"none": dict(norm=None), "group": dict(norm=GroupNorm), "layer": dict(norm=layer_norm), "standardised": dict(norm=None, conv=StandardisedConv)}
 
@@ -140,9 +141,7 @@ def test_projections_of_skips():
     out = pool_and_pad((4, 6, 3), (2, 3, 5), KEY)(x)
     np.testing.assert_allclose(out[..., :3], np.asarray(x).reshape(2, 2, 3, 2, 3).mean((1, 3)), rtol=1e-5, atol=1e-6)
     assert (out[..., 3:] == 0).all() and isinstance(pool_and_pad((4, 6, 3), (2, 3, 5), KEY), PoolAndPad)
-    assert (pool_and_pad((4, 6, 3), (4, 6, 3), KEY)(x) == x).all() and (strided_projection((4, 6, 3), (4, 6, 3), KEY)(x) == x).all()
-    conv = strided_projection((4, 6, 3), (2, 3, 5), KEY)
-    np.testing.assert_allclose(conv(x), np.asarray(x)[::2, ::2] @ np.asarray(conv.weight)[0, 0], rtol=1e-4, atol=1e-5)
+    assert (pool_and_pad((4, 6, 3), (4, 6, 3), KEY)(x) == x).all()
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -154,7 +153,7 @@ def test_states_of_a_residual_network_begin_near_unit_variance(kind):
 
 
 def test_layer_table_adds_up():
-    net = resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), project=strided_projection, norm=GroupNorm, key=KEY)
+    net = resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), project=learned_projection, norm=GroupNorm, key=KEY)
     lines = layer_table(net).splitlines()
     assert len(lines) == net.depth + 3 and "2 skips" in lines[-1] and f"{parameter_count(net):,}" in lines[-1]
     assert [line.split()[1] for line in lines[1:-1]] == ["x".join(map(str, shape)) for shape in net.shapes]
