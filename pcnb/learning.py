@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 from .network import BATCH, InputError, PCNetwork, States, freeze, live, statistics, with_statistics
 from .energy import AbstractEnergy, ForwardEnergy, SquaredError, layer_energies
-from .inference import AbstractInference, GaussNewton, GradientDescent, Inferred, Problem, infer
+from .inference import AbstractInference, GaussNewton, GradientDescent, Inferred, Problem, infer, infer_batch
 
 # %% ../nbs/05_learning.ipynb 7
 class Report(NamedTuple):
@@ -71,9 +71,11 @@ class PredictiveCoding(AbstractRule):
     energy: AbstractEnergy = ForwardEnergy()          # what is minimised
     inference: AbstractInference = GaussNewton()      # how the states are found
     held: bool = False                                # keep predictions at the feedforward state when learning
+    joint: bool = False                               # infer a batch as one problem, through live statistics
 
     def infer(self, net: PCNetwork, x: Array, y: Array) -> Inferred: # every field with a batch axis
-        "Inference of a batch, example by example; statistics are those of its feedforward pass."
+        "Inference of a batch, example by example, statistics those of its feedforward pass; or jointly."
+        if self.joint: return infer_batch(net, self.energy, self.inference, x, y)
         return jax.vmap(infer, (None, None, None, 0, 0))(freeze(net, x), self.energy, self.inference, x, y)
 
     def gradient(self, net, x, y):

@@ -349,6 +349,8 @@ class Recipe:
     """Train on the first so many examples only."""
     held: bool = False
     """Learn from predictions held at the feedforward state (notebook 05); rules pc and cpc."""
+    joint: bool = False
+    """Infer a batch as one problem, through the live statistics of batch normalisation (notebooks 02 and 05); rule pc."""
     log_determinant: bool = False
     """Let rule pc pay for sensitivity by the log-determinant (notebook 05c); needs alpha 0."""
     validation: int = 0
@@ -366,11 +368,12 @@ def build_rule(
     recipe: Recipe,
     rule: str, # pc, cpc, ipc or backprop
 ) -> AbstractRule:
-    "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant with another rule than pc."
+    "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant or joint inference with another rule than pc."
     choose("rule", rule, RULES)
     if recipe.log_determinant and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} has no log-determinant; use rule pc.")
+    if recipe.joint and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} infers each example by itself; leave out joint, or use rule pc.")
     if rule == "pc":
-        pc = PredictiveCoding(recipe.energy.build(), _inference(recipe), recipe.held)
+        pc = PredictiveCoding(recipe.energy.build(), _inference(recipe), recipe.held, recipe.joint)
         return LogDeterminant(pc) if recipe.log_determinant else pc
     if rule == "cpc": return CentredPC(recipe.energy.build(), _inference(recipe), recipe.held)
     if rule == "backprop": return Backprop(recipe.energy.build_loss())
@@ -387,7 +390,8 @@ def _image(dataset, model, optimiser, augment, epochs, batch_size=256, output_pr
 
 def _fast(dataset, epochs, width=(), crop=2, cutout=0):
     "A recipe of few epochs, in the spirit of airbench."
-    return _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), AugmentSetting("alternating", crop=crop, cutout=cutout), epochs, 128, 0.01, width=width, norm="batch", whiten=True)
+    recipe = _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), AugmentSetting("alternating", crop=crop, cutout=cutout), epochs, 128, 0.03, width=width, norm="batch", whiten=True)
+    return dataclasses.replace(recipe, joint=True)
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
@@ -609,7 +613,7 @@ def _runs(folders):
 
 def _shared(recipe):
     "What a run has in common with its twin: not what makes it predictive coding, and of the energy the loss."
-    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss), held=False, log_determinant=False)
+    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss), held=False, joint=False, log_determinant=False)
 
 def _pairs(folders):
     "(key, runs, twins) of each group of runs; twins of no group come alone."
