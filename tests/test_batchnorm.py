@@ -9,7 +9,7 @@ import pytest
 from pcnb.data import Dataset
 from pcnb.diagnostics import diagnose
 from pcnb.energy import CrossEntropy, ForwardEnergy
-from pcnb.inference import GaussNewton, GradientDescent, infer
+from pcnb.inference import LBFGS, ErrorDescent, GaussNewton, GradientDescent, Sweep, infer, infer_batch
 from pcnb.lalr import lalr
 from pcnb.learning import Backprop, IncrementalPC, PredictiveCoding, layer_cosines
 from pcnb.log_determinant import LogDeterminant
@@ -216,3 +216,90 @@ def test_models_normalise_every_convolution(build):
         if any(s.dst == l for s in net.skips): continue
         np.testing.assert_allclose(state.mean((0, 1, 2)), 0, atol=1e-3)
         np.testing.assert_allclose(state.std((0, 1, 2)), 1, atol=0.02)
+
+
+# ---- joint inference: the batch as one problem
+
+def smooth():
+    "Dense layers, so that the energy has no kinks."
+    keys = jax.random.split(jax.random.key(4), 3)
+    return PCNetwork([Chain(Dense(5, 6, key=keys[0]), BatchNorm(6)), Chain(Dense(6, 4, jnp.tanh, key=keys[1]), BatchNorm(4)), Dense(4, 3, jnp.tanh, key=keys[2])], (5,))
+
+
+ROWS = np.random.default_rng(5).normal(size=(6, 5))
+
+
+def doubles(tree): return jax.tree.map(lambda v: jnp.asarray(v, jnp.float64) if eqx.is_inexact_array(v) else v, tree)
+
+
+def batch_energy(net, hidden, p):
+    "The batch's energy as a function of all hidden states, written out."
+    def one(x, hidden, y):
+        n, states = live(net), [x, *hidden]
+        errors = [states[l] - n.predict(l, states) for l in range(1, n.depth)]
+        return 0.5 * sum(jnp.sum(e**2) for e in errors) + p * LOSS(n.predict(n.depth, states), y)
+    return jnp.sum(jax.vmap(one, axis_name=BATCH)(jnp.asarray(ROWS), hidden, doubles(TARGETS)))
+
+
+JOINT = {"Gauss-Newton": GaussNewton(300, 6, tolerance=1e-6), "LBFGS": LBFGS(500, tolerance=1e-6), "gradient descent": GradientDescent(5000, optax.sgd(0.2)), "error descent": ErrorDescent(5000, optax.sgd(0.1))}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_inference_ends_where_the_batch_is_at_rest(name):
+    with jax.enable_x64(True):
+        net, p = doubles(smooth()), 0.5
+        found = eqx.filter_jit(infer_batch)(net, ForwardEnergy(LOSS, output_precision=p), JOINT[name], jnp.asarray(ROWS), doubles(TARGETS))
+        value, slope = jax.jit(jax.value_and_grad(lambda h: batch_energy(net, h, p)))(found.states.hidden)
+        np.testing.assert_allclose(found.energy.sum(), value, rtol=1e-9)
+        np.testing.assert_allclose(found.initial_energy.sum(), p * jax.vmap(LOSS)(jax.vmap(live(net), axis_name=BATCH)(jnp.asarray(ROWS)), doubles(TARGETS)).sum(), rtol=1e-9)
+        size = np.sqrt(sum(float(jnp.sum(s**2)) for s in slope))
+        np.testing.assert_allclose(found.residual, np.full(6, size), rtol=1e-3, atol=1e-9)
+        assert size < 1e-5 and found.energy.sum() < 0.99 * found.initial_energy.sum() and found.relative_residual.shape == (6,)
+        frozen = eqx.filter_jit(PredictiveCoding(ForwardEnergy(LOSS, output_precision=p), GaussNewton(300, 6, tolerance=1e-8)).infer)(net, jnp.asarray(ROWS), doubles(TARGETS))
+        apart = max(float(abs(a - b).max()) for a, b in zip(found.states.hidden, frozen.states.hidden))
+        assert apart > 1e-2  # another equilibrium than with frozen statistics
+
+
+def test_joint_learning_is_the_slope_of_the_equilibrium_energy():
+    "By the envelope theorem, against finite differences of the minimum over the states in the weights; frozen inference has no such energy."
+    with jax.enable_x64(True):
+        net, energy, x, y = doubles(smooth()), ForwardEnergy(LOSS, output_precision=0.5), jnp.asarray(ROWS), doubles(TARGETS)
+        way = jax.tree.map(lambda v: jax.random.normal(jax.random.key(v.size), v.shape, v.dtype), eqx.filter(net, eqx.is_inexact_array))
+        way = with_statistics(way, [jax.tree.map(jnp.zeros_like, s) for s in statistics(way)])
+        moved = lambda t: eqx.apply_updates(net, jax.tree.map(lambda v: t * v, way))
+        for joint, exact in ((True, True), (False, False)):
+            rule = PredictiveCoding(energy, GaussNewton(300, 6, tolerance=1e-8), joint=joint)
+            lowest = eqx.filter_jit(lambda t: rule.infer(moved(t), x, y).energy.sum() / 6)
+            slope = (lowest(jnp.float64(1e-4)) - lowest(jnp.float64(-1e-4))) / 2e-4
+            got = sum(jnp.vdot(a, b) for a, b in zip(leaves(eqx.filter_jit(rule.gradient)(net, x, y)[0]), leaves(way), strict=True))
+            assert (abs(got - slope) < 1e-5 * abs(slope)) == exact, (joint, float(got), float(slope))
+
+
+def test_joint_inference_learns_along_backpropagation_in_the_limit():
+    rule = lambda p, joint: PredictiveCoding(ForwardEnergy(LOSS, output_precision=p), GaussNewton(1, 2), joint=joint)
+    far = lambda p, joint: 1 - layer_cosines(eqx.filter_jit(rule(p, joint).gradient)(NET, IMAGES, TARGETS)[0], eqx.filter_jit(RULES["backprop"].gradient)(NET, IMAGES, TARGETS)[0])
+    assert far(1e-3, True).max() < 1e-5 and far(1e-1, True).max() > 1e-3
+    assert far(1e-3, False).max() > 0.01
+
+
+@pytest.mark.parametrize("algorithm", [GradientDescent(3, optax.sgd(0.2)), ErrorDescent(3), Sweep(2, 0.5)])
+def test_without_statistics_joint_is_example_by_example(algorithm):
+    "Where every example takes the same steps; an algorithm that chooses its step lengths chooses them for the batch."
+    net = mlp((5,), 3, 4, 4, key=jax.random.key(0))
+    x, energy = jax.random.normal(jax.random.key(3), (6, 5)), ForwardEnergy(LOSS, output_precision=2.0)
+    one, all_ = (eqx.filter_jit(PredictiveCoding(energy, algorithm, joint=joint).infer)(net, x, TARGETS) for joint in (False, True))
+    for a, b in zip(jax.tree.leaves((one.states, one.energy, one.passes)), jax.tree.leaves((all_.states, all_.energy, all_.passes)), strict=True): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_guard_looks_at_the_batch():
+    "Its energy never rises, on weights that make a full step overshoot; single examples may."
+    loud = eqx.tree_at(lambda n: n.layers[3].parts[1].weight, NET, 40 * NET.layers[3].parts[1].weight)
+    for algorithm in (GaussNewton(3, 2), LBFGS(3)):
+        found = eqx.filter_jit(infer_batch)(loud, ForwardEnergy(LOSS, output_precision=30.0), algorithm, IMAGES, TARGETS)
+        assert found.energy.sum() <= found.initial_energy.sum() * (1 + 1e-5) and np.isfinite(found.energy).all()
+
+
+def test_joint_training_goes_on_and_diagnoses(tmp_path):
+    data = Dataset("toy", np.asarray(IMAGES), np.arange(6) % 3, np.asarray(IMAGES), np.arange(6) % 3, ("a", "b", "c"))
+    run = fit(NET, PredictiveCoding(ForwardEnergy(LOSS, output_precision=0.1), GaussNewton(1, 2), joint=True), optax.adam(1e-2), data, 3, 6, scale=lambda x: x, progress=False)
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] and 0 < run.metrics[-1]["relative_residual"] < 1 and len(run.metrics[-1]["cosine"]) == 4
