@@ -249,3 +249,16 @@ def test_report_refuses(tmp_path, capsys):
     assert "is" in refused(tmp_path / "none") and "a run's folder?" in refused(tmp_path / "none")
     (run / "summary.json").unlink()
     assert "summary.json does not exist" in refused(run)
+
+
+@pytest.mark.parametrize("rule, options, said", [("cpc", "", "leave out joint"), ("ipc", "inference:gradient-descent", "leave out joint")])
+def test_joint_inference_is_for_rule_pc(rule, options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures(side=32, name=name))
+    with pytest.raises(SystemExit) as stop: main(["train", "cifar10-cpu", "--out", str(tmp_path / "run"), "--rule", rule, "--batch-size", "32", *options.split()])
+    assert stop.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_recipe_builds_what_it_says():
+    rule = pcnb.recipes.build_rule(RECIPES["cifar10-cpu"], "pc")
+    assert rule.joint and rule.inference.rounding == 2.0**-9  # its products are bfloat16
+    assert not pcnb.recipes.build_rule(RECIPES["mnist-cnn"], "pc").joint and pcnb.recipes.build_rule(RECIPES["mnist-cnn"], "pc").inference.rounding is None
