@@ -513,8 +513,8 @@ def train(
     """
     if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir, stream)
-    key = jax.random.key(seed)
-    net = _network(recipe, rule, data, key)
+    scale = _scale(recipe, data)
+    net = _network(recipe, rule, data, scale, jax.random.key(seed))
     if not 1 <= recipe.batch_size <= len(data.train_images):
         raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
     if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
@@ -527,8 +527,7 @@ def train(
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     _claim(out, config, overwrite, resume)
-    recorder = _recorder(learning, data, recipe, record_every, out, resume) if record_every else None
-    scale = _scale(recipe, data)
+    recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
     run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
               resume=resume, callback=recorder, progress=progress)
     save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
@@ -549,9 +548,9 @@ def _scale(recipe, data):
     "What makes an image the network's input."
     return whiten(data) if getattr(recipe.network, "whiten", False) else Scale(*data.moments())
 
-def _network(recipe, rule, data, key):
+def _network(recipe, rule, data, scale, key):
     "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without."
-    shape = eqx.filter_eval_shape(_scale(recipe, data), data.train_images[0]).shape
+    shape = eqx.filter_eval_shape(scale, data.train_images[0]).shape
     net = recipe.network.build(shape, data.n_classes, key)
     return net if rule == "backprop" else recipe.energy.equip(net, jax.random.fold_in(key, 1))
 
@@ -564,10 +563,10 @@ def _summary(config, recipe, run):
                 energy_ratio=last["energy_ratio"], sensitivity=last["sensitivity"], passes=last["passes"], output_precision=recipe.energy.output_precision,
                 device=config["device"], commit=config["commit"])
 
-def _recorder(learning, data, recipe, every, out, resume, examples=256):
+def _recorder(learning, data, scale, recipe, every, out, resume, examples=256):
     "A recorder of the first training examples; it goes on where a resumed run does."
     done = read_metrics(out / "metrics.jsonl")[-1]["epoch"] * (len(data.train_images) // recipe.batch_size) if resume else 0
-    x = jax.vmap(_scale(recipe, data))(jnp.asarray(data.train_images[:examples]))
+    x = jax.vmap(scale)(jnp.asarray(data.train_images[:examples]))
     y = targets(jnp.asarray(data.train_labels[:examples]), data.n_classes, recipe.label_smoothing)
     return Recorder(learning, x, y, every, out / "layers.jsonl", done)
 
@@ -593,9 +592,10 @@ def evaluate_run(
     config = _read_json(out / "config.json")
     recipe = from_json(config.get("settings"))
     data = _data(recipe, data_dir)
-    net = _network(recipe, config.get("rule"), data, jax.random.key(0))
+    scale = _scale(recipe, data)
+    net = _network(recipe, config.get("rule"), data, scale, jax.random.key(0))
     _, net = load_checkpoint(out / "weights.eqx", net)
-    return evaluate(net, data.test_images, data.test_labels, _scale(recipe, data), recipe.energy.build_loss())
+    return evaluate(net, data.test_images, data.test_labels, scale, recipe.energy.build_loss())
 
 # %% ../nbs/10_recipes.ipynb 32
 def _runs(folders):

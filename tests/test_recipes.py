@@ -14,7 +14,7 @@ from pcnb.cli import main
 from pcnb.data import Dataset
 from pcnb.network import InputError
 from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, ImageNetworkSetting, MLPSetting, MuonSetting, SGDSetting, from_json, report_figure, to_json, train
-from pcnb.training import load_checkpoint
+from pcnb.training import Mirrored, load_checkpoint
 
 RESULTS = sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json"))
 
@@ -128,8 +128,8 @@ def test_muon_decays_matrices_and_leaves_vectors_to_adam():
     with pytest.raises(InputError, match="momentum is 1"): MuonSetting(momentum=1.0).build(10)
 
 
-def test_muon_from_the_command_line_and_back(tmp_path, monkeypatch):
-    "A network of every kind of array trains by Muon, stops, and goes on to the same end."
+def test_a_run_by_muon_on_whitened_patches_is_recorded_and_scored_again(tmp_path, monkeypatch):
+    "A network with every kind of array trains by Muon, is recorded, and scores from its weights what it scored."
     data = pictures(side=32)
     monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: data)
     recipe = replace(RECIPES["cifar10-cpu"], network=ImageNetworkSetting(width=(4, 4), norm="batch", whiten=True), inference=GaussNewtonSetting(1, 1), optimiser=MuonSetting(), epochs=2, batch_size=32)
@@ -139,10 +139,19 @@ def test_muon_from_the_command_line_and_back(tmp_path, monkeypatch):
     assert score.top1 == whole["test_top1"]
     net = recipe.network.build((32, 32, 32), 10, jax.random.key(0))
     assert net.depth == 5 and net.shapes[1] == (16, 16, 4)  # no layer before the first block
-    turned = replace(data, test_images=data.test_images[:, :, ::-1])
-    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: turned)
-    again = train("cifar10-cpu", recipe, tmp_path / "turned", progress=False)
-    assert again["test_top1_flip"] == whole["test_top1_flip"]  # the mean over both views does not ask which came first
+
+
+def test_the_mirrored_score_turns_the_picture_before_whitening(tmp_path, monkeypatch):
+    "A picture and its mirror image then have one output; whitened patches that are turned are those of no picture."
+    scored, score = [], pcnb.recipes.evaluate
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures(side=32))
+    monkeypatch.setattr(pcnb.recipes, "evaluate", lambda net, *rest: (scored.append(net), score(net, *rest))[1])
+    recipe = replace(RECIPES["cifar10-cpu"], network=ImageNetworkSetting(width=(4, 4), norm="layer", whiten=True), joint=False, inference=GaussNewtonSetting(1, 1), epochs=1, batch_size=32)
+    train("cifar10-cpu", recipe, tmp_path / "run", "backprop", progress=False)
+    (net,), image = scored, jnp.asarray(pictures(side=32).train_images[0])
+    assert isinstance(net, Mirrored)
+    np.testing.assert_allclose(net(image), net(image[:, ::-1]), rtol=1e-4, atol=1e-5)
+    assert abs(net.net(image) - net.net(image[:, ::-1])).max() > 1e-3
 
 
 @pytest.mark.parametrize("options, said", [
