@@ -4,8 +4,8 @@
 
 # %% auto 0
 __all__ = ['BENCH_NETWORKS', 'bench_network', 'bench_images', 'bench_inference', 'bench_rule', 'count_flops', 'Work',
-           'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'check_step', 'take_turns',
-           'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench', 'bench_table',
+           'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'in_float64', 'check_step',
+           'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench', 'bench_table',
            'bench_figure', 'Bench', 'load_opponents']
 
 # %% ../nbs/12_bench.ipynb 3
@@ -43,12 +43,12 @@ from .recipes import RECIPES, _commit, _versions, _write_json
 # %% ../nbs/12_bench.ipynb 6
 BENCH_NETWORKS: dict[str, tuple] = {
     "mlp3": ((28, 28, 1), partial(models.mlp, width=512, depth=4)),    # 784-512-512-512-10
-    "mlp16": ((28, 28, 1), partial(models.mlp, width=128, depth=16)),
+    **{f"mlp{depth}": ((28, 28, 1), partial(models.mlp, width=128, depth=depth)) for depth in (8, 16, 32, 64, 128)},
     "cnn": ((28, 28, 1), lambda in_shape, classes, key: RECIPES["mnist-cnn"].network.build(in_shape, classes, key)),
 } | {name: ((32, 32, 3), build) for name, build in vars(models).items() if re.fullmatch(r"(vgg|resnet)\d+", name)}
 
 def bench_network(
-    name: str, # mlp3, mlp16, cnn, or a vgg or resnet of `pcnb.models`
+    name: str, # mlp3, with width 512; mlp8 to mlp128, with width 128; cnn; or a vgg or resnet of `pcnb.models`
     seed: int = 0,
 ) -> PCNetwork: # ten classes
     "The network of this name with fresh weights. Raises `InputError` for another name."
@@ -199,6 +199,10 @@ def check_batch(
     index = np.arange(len(x)) % 4
     return x[index], 1000 * y[index]
 
+def in_float64(tree):
+    "The same tree with its floating-point arrays in float64; to be called where `jax.enable_x64` holds."
+    return jax.tree.map(lambda a: a.astype(np.float64) if eqx.is_inexact_array(a) else a, tree)
+
 def check_step(
     program: Program,
     net: PCNetwork,
@@ -207,16 +211,29 @@ def check_step(
     y: Float[Array, "batch classes"],
     tolerance: float = 1e-4, # of `relative_difference`
 ) -> float: # the difference found
-    "Compare the program's gradient with the mean of single examples' gradients. Raises `RuntimeError` where they differ."
+    """Compare the program's gradient with the mean of single examples' gradients. Raises `RuntimeError` where they differ.
+
+    Where float32 loses an array's gradient, the tolerance is a part of the largest gradient of all arrays, and in float64 nothing may differ.
+    """
+    got, want = _gradients(program.run, net, rule, x, y)
+    off = relative_difference(got, want)
+    if not off <= tolerance:
+        with jax.enable_x64(True):
+            wide, wide_x, wide_y = in_float64((net, x, y))
+            wide_off = relative_difference(*_gradients(jax.jit(_sgd_step(wide, rule)), wide, rule, wide_x, wide_y))
+        largest = max(float(jnp.max(jnp.abs(v))) for v in jax.tree.leaves(want))
+        if not (relative_difference(got, want, largest) <= tolerance and wide_off <= 1e-9):
+            raise RuntimeError(f"the compiled step's gradient is {off:.1e} from the examples' mean; expected at most {tolerance:.0e}. Nothing was timed.")
+    return off
+
+def _gradients(run, net, rule, x, y):
+    "A step's gradient on the batch for checks, and the mean of its examples' gradients."
     x, y = check_batch(x, y)
-    before, (after, _) = _weights(net), program.run(_weights(net), x, y, jnp.float32(1))
+    before, (after, _) = _weights(net), run(_weights(net), x, y, jnp.ones((), x.dtype))
     alone = eqx.filter_jit(lambda x, y: eqx.filter(rule.gradient(net, x, y)[0], eqx.is_array))
     each = [alone(x[i:i + 1], y[i:i + 1]) for i in range(min(4, len(x)))]
     share = np.bincount(np.arange(len(x)) % 4) / len(x)
-    want = jax.tree.map(lambda *g: sum(s * v for s, v in zip(share.tolist(), g)), *each)
-    off = relative_difference(jax.tree.map(jnp.subtract, before, after), want)
-    if not off <= tolerance: raise RuntimeError(f"the compiled step's gradient is {off:.1e} from the examples' mean; expected at most {tolerance:.0e}. Nothing was timed.")
-    return off
+    return jax.tree.map(jnp.subtract, before, after), jax.tree.map(lambda *g: sum(s * v for s, v in zip(share.tolist(), g)), *each)
 
 # %% ../nbs/12_bench.ipynb 32
 def take_turns(
@@ -314,7 +331,8 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions):
                    flops_per_second=flops and flops / spread(t)["median"], peak_fraction=flops and flops / spread(t)["median"] / peak,
                    ratio=twin and paired(t, twin), bound=least[name] / least["backprop"], against_pcnb=paired(t, own))
         if e := took.get((framework, name)):
-            row |= dict(epoch_seconds=spread(e), epoch_ratio=paired(e, took[framework, "backprop"]), epoch_against_pcnb=paired(e, took["pcnb", name]))
+            twin = took.get((framework, "backprop"))
+            row |= dict(epoch_seconds=spread(e), epoch_ratio=twin and paired(e, twin), epoch_against_pcnb=paired(e, took["pcnb", name]))
         rows.append(row)
     return rows
 
@@ -421,7 +439,7 @@ class Bench:
     repetitions: Annotated[int, arg(help="Of a step.")] = 7
     epoch_examples: Annotated[int, arg(help="Training examples of an epoch, which includes data, augmentation and evaluation; 0: only steps.")] = 6400
     epoch_repetitions: Annotated[int, arg(help="Of an epoch.")] = 3
-    against: Annotated[Path | None, arg(metavar="FILE", help="Another framework's side of the same cases.")] = None
+    against: Annotated[tuple[Path, ...], arg(metavar="FILE", help="Other frameworks' sides of the same cases, a file each.")] = ()
     out: Annotated[Path, arg(metavar="FILE", help="Where to write the figures as JSON; a picture is put beside it.")] = Path("runs", "bench.json")
     overwrite: FlagCreatePairsOff[Annotated[bool, arg(help="Replace the file.")]] = False
 
@@ -429,17 +447,20 @@ class Bench:
         "Measure, print a table, and write it. Raises what `bench` raises, and `InputError` for a file that exists or cannot be used."
         if self.out.suffix != ".json": raise InputError(f"{self.out} does not end in .json; name the file of the figures.")
         if self.out.exists() and not self.overwrite: raise InputError(f"{self.out} exists; use --overwrite to replace it, or another file.")
-        result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(self.against), partial(print, flush=True))
+        result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(*self.against), partial(print, flush=True))
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _write_json(self.out, result)
         bench_figure(result).savefig(self.out.with_suffix(".png"), dpi=120)
         print(bench_table(result))
 
 def load_opponents(
-    path: Path | None, # a Python file; None: nobody else
+    *paths: Path, # Python files
 ) -> Callable[[Case], Sequence[Contestant]]:
-    "The function `opponents` of a file. Raises `InputError` if there is none, and passes on what the file raises."
-    if path is None: return lambda case: []
+    "The functions `opponents` of files, as one. Raises `InputError` for a file without one, and passes on what a file raises."
+    found = [_opponents(path) for path in paths]
+    return lambda case: [c for f in found for c in f(case)]
+
+def _opponents(path):
     if not Path(path).is_file(): raise InputError(f"{path} is no file; name the Python file that computes the other side, for example benchmarks/torch_pc.py of a checkout.")
     found = runpy.run_path(str(path)).get("opponents")
     if found is None: raise InputError(f"{path} has no function `opponents(case)`; see pcnb.bench.Case and Contestant.")

@@ -3,6 +3,7 @@ import json
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +109,17 @@ def test_check_passes_the_right_and_refuses_the_wrong(getkey):
             check_step(Program(wrong, 0.0, 0.0, None), net, rule, x, y)
 
 
+def test_check_where_float32_loses_the_lowest_errors():
+    net, x, y = mlp((32,), 10, 256, 8, key=jax.random.key(0)), jax.random.normal(jax.random.key(1), (6, 32)), jax.nn.one_hot(jnp.arange(6), 10)
+    rule, _ = bench_rule("gd8", net)
+    program = compile_step(net, rule, x, y)
+    assert check_step(program, net, rule, x, y, 1e-5) > 1e-5  # above the tolerance, and right
+    def wrong(params, x, y, rate):  # in an array of the lowest layer, whose gradient is small
+        after, loss = program.run(params, x, y, rate)
+        return eqx.tree_at(lambda n: n.layers[0].bias, after, after.layers[0].bias + 1), loss
+    with pytest.raises(RuntimeError, match="expected at most 1e-05"): check_step(Program(wrong, 0.0, 0.0, None), net, rule, x, y, 1e-5)
+
+
 def test_relative_difference():
     one = [jnp.array([4.0, 1.0]), jnp.array([0.001])]
     assert relative_difference(one, one) == 0
@@ -159,13 +171,17 @@ def test_rows_table_and_json(tiny, tmp_path, capsys):
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_opponent_joins(tiny, tmp_path):
-    path = tmp_path / "other.py"
-    path.write_text("from pcnb.bench import Contestant\ndef opponents(case): return [Contestant('other', lambda: None, None, dict(compile_seconds=0.0))] if case.name == 'gn1x1' else []\n")
-    result = bench(["tiny"], [4], ["gn1x1"], 3, opponents=load_opponents(path), progress=lambda _: None)
+def test_opponents_join(tiny, tmp_path):
+    paths = []
+    for name, epoch in (("other", "None"), ("third", "lambda: 0.0")):
+        paths.append(tmp_path / f"{name}.py")
+        paths[-1].write_text(f"from pcnb.bench import Contestant\ndef opponents(case): return [Contestant('{name}', lambda: None, {epoch}, dict(compile_seconds=0.0))] if case.name == 'gn1x1' else []\n")
+    result = bench(["tiny"], [4], ["gn1x1"], 3, epoch_examples=8, epoch_repetitions=1, opponents=load_opponents(*paths), progress=lambda _: None)
     rows = {(r["framework"], r["rule"]): r for r in result["rows"]}
-    assert set(rows) == {("pcnb", "backprop"), ("pcnb", "gn1x1"), ("other", "gn1x1")}
+    assert set(rows) == {("pcnb", "backprop"), ("pcnb", "gn1x1"), ("other", "gn1x1"), ("third", "gn1x1")}
     assert rows["other", "gn1x1"]["ratio"] is None and rows["other", "gn1x1"]["against_pcnb"] < 1
+    assert "epoch_seconds" not in rows["other", "gn1x1"]
+    assert rows["third", "gn1x1"]["epoch_ratio"] is None and rows["third", "gn1x1"]["epoch_against_pcnb"] < 1  # it has no backpropagation to compare with
     heads, *lines = bench_table(result).splitlines()[1:]
     assert "framework" in heads and "/pcnb" in heads and any(line.split()[2] == "other" for line in lines)
     assert [ax.get_ylabel() for ax in bench_figure(result).axes] == ["step / backpropagation's", "step / pcnb's"]
