@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from tyro.conf import FlagCreatePairsOff, arg
 from . import models
 from .network import InputError, PCNetwork, choose
-from .energy import ForwardEnergy
+from .energy import BidirectionalEnergy, ForwardEnergy
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, Sweep, wave
 from .learning import AbstractRule, Backprop, PredictiveCoding
 from .augmentation import Shift
@@ -86,13 +86,13 @@ def bench_inference(
     raise InputError(f"inference {name!r} is unknown; expected a name like gn1x2, gd8, ed8 or sweep.")
 
 def bench_rule(
-    name: str, # backprop, or a name for `bench_inference`
+    name: str, # backprop, or a name for `bench_inference`; with a b at its end: of the bidirectional energy
     net: PCNetwork,
 ) -> tuple[AbstractRule, float]: # the rule, and the passes over inner layers between forward pass and weight gradient
-    "The rule of this name, with squared error; output precision 0.1, as in the recipes."
+    "The rule of this name, with squared error; output precision 0.1, as in the recipes, and alpha 0.1 with tied backward predictions."
     if name == "backprop": return Backprop(), 1
-    algorithm, passes = bench_inference(name, net)
-    return PredictiveCoding(ForwardEnergy(output_precision=0.1), algorithm), passes
+    algorithm, passes = bench_inference(name.removesuffix("b"), net)
+    return PredictiveCoding((BidirectionalEnergy if name.endswith("b") else ForwardEnergy)(output_precision=0.1), algorithm), passes
 
 # %% ../nbs/12_bench.ipynb 16
 def _written_out(closed, *args):
@@ -435,7 +435,7 @@ class Bench:
     """
     networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}.")] = ("mlp3", "cnn")
     batch_sizes: Annotated[tuple[int, ...], arg(help="Examples a step.")] = (128,)
-    inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")
+    inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep; gn1x2b: with the bidirectional energy.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")
     repetitions: Annotated[int, arg(help="Of a step.")] = 7
     epoch_examples: Annotated[int, arg(help="Training examples of an epoch, which includes data, augmentation and evaluation; 0: only steps.")] = 6400
     epoch_repetitions: Annotated[int, arg(help="Of an epoch.")] = 3
