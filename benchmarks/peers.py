@@ -75,7 +75,8 @@ class Child:
 
     def __init__(self, *command):
         self.log = tempfile.TemporaryFile("w+")
-        outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # whose packages are not the environment's
+        own = ("PYTHONPATH", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")  # other packages; flags and programs of another version
+        outside = {k: v for k, v in os.environ.items() if k not in own}
         # pcnb holds most of an accelerator's memory
         self.process = subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1,
                                         env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **outside})
