@@ -213,7 +213,7 @@ def check_step(
 ) -> float: # the difference found
     """Compare the program's gradient with the mean of single examples' gradients. Raises `RuntimeError` where they differ.
 
-    Where float32 loses an array's gradient, the tolerance is a part of the largest gradient of all arrays, and in float64 nothing may differ.
+    Where float32 loses an array's gradient, the tolerance is a part of the largest gradient of all arrays, and in float64 they have to agree to 1e-9.
     """
     got, want = _gradients(program.run, net, rule, x, y)
     off = relative_difference(got, want)
