@@ -388,9 +388,10 @@ def _image(dataset, model, optimiser, augment, epochs, batch_size=256, output_pr
     return Recipe(dataset, ImageNetworkSetting(model, arithmetic="bfloat16", **network), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy", output_precision=output_precision), optimiser, augment,
                   label_smoothing=0.1, epochs=epochs, batch_size=batch_size)
 
-def _fast(dataset, epochs, width=(), crop=2, cutout=0):
+def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True):
     "A recipe of few epochs, in the spirit of airbench."
-    recipe = _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), AugmentSetting("alternating", crop=crop, cutout=cutout), epochs, 128, 0.03, width=width, norm="batch", whiten=True)
+    augment = augment or AugmentSetting("alternating", crop=crop, cutout=cutout)
+    recipe = _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), augment, epochs, 128, 0.03, width=width, norm="batch", whiten=whiten)
     return dataclasses.replace(recipe, joint=True)
 
 RECIPES: dict[str, Recipe] = {
@@ -401,6 +402,7 @@ RECIPES: dict[str, Recipe] = {
     "mnist-mlp32-skip": Recipe("mnist", MLPSetting(128, 32, skips=True), energy=EnergySetting(output_precision=0.03), epochs=3),
     "mnist-mlp128-skip": Recipe("mnist", MLPSetting(128, 128, skips=True), energy=EnergySetting(output_precision=0.03), optimiser=AdamSetting(5e-4), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
+    "mnist-best": _fast("mnist", 8, (16, 64, 128), augment=AugmentSetting(pixels=2, degrees=8.0, scale=0.08), whiten=False),
     "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128)), energy=EnergySetting(output_precision=1.0, alpha=0.1, backward="anchor"), epochs=4, train_examples=10_000),
     "cifar10-cpu": _fast("cifar10", 8),
     "cifar10-gpu": _fast("cifar10", 20, (128, 384, 384), crop=4, cutout=12),
