@@ -143,13 +143,13 @@ def reference(case):
 
 
 def check(peer, case, want, child, folder):
-    "Differences of hidden states and weight gradients from pcnb's. Raises `RuntimeError` above the tolerance."
-    from pcnb.bench import relative_difference
+    "Differences of hidden states and weight gradients from pcnb's. Raises `CheckFailed` above the tolerance."
+    from pcnb.bench import CheckFailed, relative_difference
     child.ask("check", str(folder / "found.npz"))
     with np.load(folder / "found.npz") as found:
         off = {what: relative_difference([found[f"{what}{i}"] for i in range(len(w))], w) for what, w in want.items()}
     if not max(off.values()) <= TOLERANCE:
-        raise RuntimeError(f"{peer.name}'s {case.name} on {case.network} differs from pcnb's by {off}; expected at most {TOLERANCE:.0e}. Nothing was timed.")
+        raise CheckFailed(f"{peer.name}'s {case.name} on {case.network} differs from pcnb's by {off}; expected at most {TOLERANCE:.0e}. Nothing was timed.")
     return off
 
 

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from pcnb.bench import Case, Contestant, check_batch, in_float64, relative_difference
+from pcnb.bench import Case, CheckFailed, Contestant, check_batch, in_float64, relative_difference
 from pcnb.energy import ForwardEnergy, SquaredError
 from pcnb.inference import GaussNewton, GradientDescent, Sweep, wave
 from pcnb.learning import Backprop
@@ -354,7 +354,7 @@ def difference64(case):
 
 
 def check(case, rule, want, exact):
-    """Differences from pcnb's `want`. Raises `RuntimeError` above the tolerance.
+    """Differences from pcnb's `want`. Raises `CheckFailed` above the tolerance.
 
     A state minus its prediction loses in float32 what is small in it, and where the lowest layers' errors are, both frameworks lose it differently. Gradients
     that are above the tolerance for that must agree in float64, which `exact()` tells.
@@ -363,7 +363,7 @@ def check(case, rule, want, exact):
     if max(off.values()) <= TOLERANCE: return off
     wide = exact()
     if not (off["states"] <= TOLERANCE and max(wide.values()) <= 1e-9):
-        raise RuntimeError(f"torch's {case.name} on {case.network} differs from pcnb's by {off | wide}; expected at most {TOLERANCE:.0e}, for gradients in float64 at least. Nothing was timed.")
+        raise CheckFailed(f"torch's {case.name} on {case.network} differs from pcnb's by {off | wide}; expected at most {TOLERANCE:.0e}, for gradients in float64 at least. Nothing was timed.")
     return off | wide
 
 

@@ -4,9 +4,9 @@
 
 # %% auto 0
 __all__ = ['BENCH_NETWORKS', 'bench_network', 'bench_images', 'bench_inference', 'bench_rule', 'count_flops', 'Work',
-           'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'in_float64', 'check_step',
-           'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench', 'bench_table',
-           'bench_figure', 'Bench', 'load_opponents']
+           'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'in_float64', 'CheckFailed',
+           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench',
+           'bench_table', 'bench_figure', 'Bench', 'load_opponents']
 
 # %% ../nbs/12_bench.ipynb 3
 import datetime
@@ -38,6 +38,7 @@ from .learning import AbstractRule, Backprop, PredictiveCoding
 from .augmentation import Shift
 from .data import Dataset, Scale
 from .training import fit
+from .memory import keep_memory
 from .recipes import RECIPES, _commit, _versions, _write_json
 
 # %% ../nbs/12_bench.ipynb 6
@@ -203,6 +204,9 @@ def in_float64(tree):
     "The same tree with its floating-point arrays in float64; to be called where `jax.enable_x64` holds."
     return jax.tree.map(lambda a: a.astype(np.float64) if eqx.is_inexact_array(a) else a, tree)
 
+class CheckFailed(RuntimeError):
+    "What is to be timed does not compute what it should."
+
 def check_step(
     program: Program,
     net: PCNetwork,
@@ -211,7 +215,7 @@ def check_step(
     y: Float[Array, "batch classes"],
     tolerance: float = 1e-4, # of `relative_difference`
 ) -> float: # the difference found
-    """Compare the program's gradient with the mean of single examples' gradients. Raises `RuntimeError` where they differ.
+    """Compare the program's gradient with the mean of single examples' gradients. Raises `CheckFailed` where they differ.
 
     Where float32 loses an array's gradient, the tolerance is a part of the largest gradient of all arrays, and in float64 they have to agree to 1e-9.
     """
@@ -223,7 +227,7 @@ def check_step(
             wide_off = relative_difference(*_gradients(jax.jit(_sgd_step(wide, rule)), wide, rule, wide_x, wide_y))
         largest = max(float(jnp.max(jnp.abs(v))) for v in jax.tree.leaves(want))
         if not (relative_difference(got, want, largest) <= tolerance and wide_off <= 1e-9):
-            raise RuntimeError(f"the compiled step's gradient is {off:.1e} from the examples' mean; expected at most {tolerance:.0e}. Nothing was timed.")
+            raise CheckFailed(f"the compiled step's gradient is {off:.1e} from the examples' mean; expected at most {tolerance:.0e}. Nothing was timed.")
     return off
 
 def _gradients(run, net, rule, x, y):
@@ -293,7 +297,7 @@ class Contestant(NamedTuple):
 def contestant(
     case: Case,
 ) -> Contestant:
-    "The case in this library, compiled and checked. Raises `RuntimeError` if the check fails."
+    "The case in this library, compiled and checked. Raises `CheckFailed` if it computes something else."
     program = compile_step(case.net, case.rule, case.x, case.y)
     off = check_step(program, case.net, case.rule, case.x, case.y)
     weights, rate, scale = [_weights(case.net)], jnp.float32(1e-3), Scale(*case.data.moments())
@@ -349,7 +353,7 @@ def bench(
 ) -> dict: # `rows`, one for each network, batch size, framework and rule; and where they were measured
     """Measure training by backpropagation and by predictive coding with each inference.
 
-    Raises `InputError` for a name that is unknown or a number that is too small, `RuntimeError` if a program does not compute what it should.
+    Raises `InputError` for a name that is unknown or a number that is too small, `CheckFailed` if a program does not compute what it should.
     """
     for name, n, low in (("repetitions", repetitions, 1), ("epoch_repetitions", epoch_repetitions, 1), ("epoch_examples", epoch_examples, 0), *(("batch_sizes", b, 1) for b in batch_sizes)):
         if n < low: raise InputError(f"{name} is {n}; expected at least {low}.")
@@ -447,6 +451,7 @@ class Bench:
         "Measure, print a table, and write it. Raises what `bench` raises, and `InputError` for a file that exists or cannot be used."
         if self.out.suffix != ".json": raise InputError(f"{self.out} does not end in .json; name the file of the figures.")
         if self.out.exists() and not self.overwrite: raise InputError(f"{self.out} exists; use --overwrite to replace it, or another file.")
+        if not all(name.startswith("mlp") for name in self.networks): keep_memory()
         result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(*self.against), partial(print, flush=True))
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _write_json(self.out, result)
@@ -456,9 +461,15 @@ class Bench:
 def load_opponents(
     *paths: Path, # Python files
 ) -> Callable[[Case], Sequence[Contestant]]:
-    "The functions `opponents` of files, as one. Raises `InputError` for a file without one, and passes on what a file raises."
-    found = [_opponents(path) for path in paths]
-    return lambda case: [c for f in found for c in f(case)]
+    "The functions `opponents` of files, as one, which prints what an opponent does not know and leaves it out. Raises `InputError` for a file without one, and passes on what a file raises."
+    found = [(Path(path).name, _opponents(path)) for path in paths]
+    def opponents(case):
+        known = []
+        for name, f in found:
+            try: known += f(case)
+            except InputError as e: print(f"{name} leaves out {case.network}, {case.name}: {e}", flush=True)
+        return known
+    return opponents
 
 def _opponents(path):
     if not Path(path).is_file(): raise InputError(f"{path} is no file; name the Python file that computes the other side, for example benchmarks/torch_pc.py of a checkout.")

@@ -25,7 +25,7 @@ from .data import SETS, describe
 from .training import Diverged
 from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
                           MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, train, _read_json)
-from .bench import Bench
+from .bench import Bench, CheckFailed
 
 # %% ../nbs/11_cli.ipynb 7
 def _short(page):
@@ -76,6 +76,7 @@ class Train(Recipe):
     def __call__(self):
         "Train, and print a table of results. Raises what `pcnb.recipes.train` raises."
         if self.resume and self.overwrite: raise InputError("--resume and --overwrite exclude each other; leave out one.")
+        if not isinstance(self.network, MLPSetting): keep_memory()
         recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
         out = self.out or Path("runs", f"{self.name}-{self.rule}-{self.seed}")
         run = lambda *folder_and_rule, **how: train(self.name, recipe, *folder_and_rule, self.seed, self.data_dir, progress=not self.quiet, record_every=self.record_every, stream=self.stream, **how)
@@ -185,14 +186,13 @@ def main(
 ):
     """The console script. Returns after a command that has done its work.
 
-    Leaves by `SystemExit` otherwise: with 0 after help, 2 for bad input or a file that cannot be written, 1 if training diverged, 130 if
+    Leaves by `SystemExit` otherwise: with 0 after help, 2 for bad input or a file that cannot be written, 1 if training diverged or a benchmark's check failed, 130 if
     stopped by the keyboard. What went wrong is a line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    keep_memory()
     try: _run(argv)
     except (InputError, OSError) as e: code, what = 2, f"error: {e}"
-    except Diverged as e: code, what = 1, f"error: {e}"
+    except (Diverged, CheckFailed) as e: code, what = 1, f"error: {e}"
     except KeyboardInterrupt: code, what = 130, "stopped" + ("; go on with --resume" if argv[:1] == ["train"] else "")
     else: return
     print("pcnb:", " ".join(what.splitlines()), file=sys.stderr)

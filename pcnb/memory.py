@@ -14,7 +14,8 @@ _SETTINGS = ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26))  # M_ARENA_MAX, M_MMAP_M
 def keep_memory() -> bool: # whether the C library took all settings; False where it has none of them (not glibc)
     """Let this process keep memory that it has freed, for the next step. Call it first, before arrays are made; there is no way back.
 
-    Steps on a CPU gain; on a GPU, whose memory JAX keeps anyway, nothing changes. `pcnb` calls it, importing the package does not. Source: mallopt(3), glibc.
+    Steps with large temporaries gain on a CPU; small ones lose, since threads share one heap. On a GPU, whose memory JAX keeps anyway, nothing changes.
+    `pcnb` calls it for convolutional networks, importing the package does not. Source: mallopt(3), glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if hasattr(ctypes, "CDLL") and ctypes.sizeof(ctypes.c_void_p) == 8 else None
     return mallopt is not None and all(mallopt(*pair) == 1 for pair in _SETTINGS)

@@ -34,8 +34,8 @@ class Score(NamedTuple):
     loss: float   # nats, mean
 
 @eqx.filter_jit
-def _score_batch(net, scale, loss, images, labels, real):
-    out = jax.vmap(lambda image: net(scale(image)))(images)
+def _score_batch(net, scale, loss, images, labels, index, real):
+    out, labels = jax.vmap(lambda image: net(scale(image)))(images[index]), labels[index]
     own, index = jnp.take_along_axis(out, labels[:, None], 1), jnp.arange(out.shape[1])[None]
     behind = (out < own) | ((out == own) & (index >= labels[:, None]))  # ties go to the first, as in argmax; NaN is behind nothing
     rank = jnp.sum(~behind, 1)  # how many outputs beat the label's
@@ -53,12 +53,13 @@ def evaluate(
     "Top-1, top-5 and mean loss of the forward pass; ties go to the first class, NaN is wrong. Raises `InputError` for no images."
     total, n = jnp.zeros(3), len(images)
     if not n: raise InputError("there are no images to score; expected at least 1.")
-    if not isinstance(images, Records): images = jnp.asarray(images)
-    batch_size = min(batch_size, n)
+    streamed, labels, batch_size = isinstance(images, Records), jnp.asarray(labels), min(batch_size, n)
+    if not streamed: images = jnp.asarray(images)
     for i in range(0, n, batch_size):
-        index = jnp.arange(i, i + batch_size)
-        part = jnp.minimum(index, n - 1)
-        total += _score_batch(net, scale, loss, jnp.asarray(images[part]), jnp.asarray(labels)[part], index < n)
+        index = np.arange(i, i + batch_size)
+        part, real = np.minimum(index, n - 1), index < n
+        if streamed: total += _score_batch(net, scale, loss, jnp.asarray(images[part]), labels[part], np.arange(batch_size), real)
+        else: total += _score_batch(net, scale, loss, images, labels, part, real)
     return Score(*(float(v) / n for v in total))
 
 # %% ../nbs/08_training.ipynb 13
@@ -91,17 +92,33 @@ class _Fixed(NamedTuple):
     scale: Callable
     order: Array   # of the epoch
     epoch: Array   # its number, from 0
+    key: Array     # of its augmentation
 
-def _make_step(rule, optimiser, augment, batch_size, classes, smoothing, streamed):
-    @eqx.filter_jit(donate="all-except-first")
-    def step(fixed, net, state, i, key):
+def _make_steps(rule, optimiser, augment, batch_size, classes, smoothing, streamed, looped):
+    "A function of (fixed, first, last) and (network, state, sums) that makes the steps from `first` up to, but not including, `last`, or only the first; metrics add to the sums."
+    def step(i, fixed, net, state):
         index = jax.lax.dynamic_slice(fixed.order, (i * batch_size,), (batch_size,))
         batch = Batch(fixed.images if streamed else fixed.images[index], targets(fixed.labels[index], classes, smoothing), index, fixed.epoch)
-        images, y, *_ = augment_batch(augment, batch, key=key)
+        images, y, *_ = augment_batch(augment, batch, key=jax.random.fold_in(fixed.key, i))
         net, state, report = rule.update(net, optimiser, state, jax.vmap(fixed.scale)(images), y)
         correct = jnp.sum(report.output.argmax(1) == y.argmax(1))
         return net, state, Metrics(report.loss * batch_size, report.energy * batch_size, correct)
-    return step
+
+    @eqx.filter_jit(donate="all-except-first")
+    def steps(given, carry):
+        fixed, first, last = given
+        arrays, static = eqx.partition(carry, eqx.is_array)
+        def follow(i, arrays):
+            net, state, sums = eqx.combine(arrays, static)
+            net, state, metrics = step(i, fixed, net, state)
+            return eqx.filter((net, state, jax.tree.map(jnp.add, sums, metrics)), eqx.is_array)
+        return eqx.combine(jax.lax.fori_loop(first, last, follow, arrays) if looped else follow(first, arrays), static)
+    return steps
+
+def _loops_well(net, scale, image):
+    "Whether steps are as fast in a loop as alone: on a CPU, without convolutions."
+    pass_ = str(jax.make_jaxpr(lambda image: net(scale(image)))(image))
+    return jax.default_backend() != "cpu" or not any(name in pass_ for name in ("pcnb_conv", "conv_general_dilated"))
 
 # %% ../nbs/08_training.ipynb 19
 class WeightAverage(NamedTuple):
@@ -163,7 +180,7 @@ class Run(NamedTuple):
     "What `fit` returns."
     net: PCNetwork           # trained
     metrics: list[dict]      # one entry an epoch, as in metrics.jsonl
-    compile_seconds: float   # of the training step
+    compile_seconds: float   # before the first step, nearly all of it compilation
 
 class Diverged(RuntimeError):
     "The loss stopped being finite."
@@ -201,20 +218,25 @@ def fit(
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
     callback: Callable | None = None, # callback(step, net) after every weight step; a `Recorder`, for example
+    steps_per_call: int | None = None, # weight steps that one compiled call makes; None: 32, but 1 with a callback, streamed images, or convolutions on a CPU
     progress: bool = True, # show a bar on stderr
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network that does not fit the data, or a checkpoint that
-    does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
+    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network that does not fit the data, more than one step a call with
+    a callback or streamed images, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
     """
-    scale = Scale(*data.moments()) if scale is None else scale
+    start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
     _check_fit(net, data, scale, epochs, batch_size, label_smoothing)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     n, streamed = len(data.train_labels), isinstance(data.train_images, Records)
+    single = callback is not None or streamed
+    if steps_per_call is None: steps_per_call = 1 if single or not _loops_well(net, scale, data.train_images[0]) else 32
+    if steps_per_call < 1 or single and steps_per_call > 1: raise InputError(f"steps_per_call is {steps_per_call}; expected at least 1, and 1 with a callback or streamed images.")
     images = jnp.zeros((batch_size, *data.image_shape), data.train_images.dtype) if streamed else jnp.asarray(data.train_images)
-    fixed = _Fixed(images, jnp.asarray(data.train_labels), scale, jnp.arange(n), jnp.int32(0))
+    key = jax.random.key(seed)
+    fixed = _Fixed(images, jnp.asarray(data.train_labels), scale, jnp.arange(n), jnp.int32(0), key)
     looked_at = jnp.asarray(data.train_images[:diagnose_examples]) if diagnose_examples else None
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
     state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0
@@ -223,18 +245,16 @@ def fit(
         metrics = read_metrics(Path(folder) / "metrics.jsonl")[:done]
         if len(metrics) < done: raise InputError(f"{folder} is damaged: metrics.jsonl has {len(metrics)} epochs, checkpoint.eqx {done}; start anew.")
     if done >= epochs: return Run(averaged(net, state) if done else net, metrics, 0.0)
-    steps, key = n // batch_size, jax.random.key(seed)
-    keys = lambda epoch: jax.random.split(jax.random.fold_in(key, epoch))
-    start = time.perf_counter()
-    step = _make_step(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing, streamed)
-    step = step.lower(fixed, net, state, jnp.int32(0), key).compile()
+    steps = n // batch_size
+    run = _make_steps(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing, streamed, steps_per_call > 1)
+    run = run.lower((fixed, jnp.int32(0), jnp.int32(0)), (net, state, _no_metrics())).compile()
     compiling = time.perf_counter() - start
     for epoch in range(done, epochs):
-        order_key, augment_key = keys(epoch)
-        fixed = fixed._replace(order=jax.random.permutation(order_key, n), epoch=jnp.int32(epoch))
+        order_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
+        fixed = fixed._replace(order=jax.random.permutation(order_key, n), epoch=jnp.int32(epoch), key=augment_key)
         see = None if callback is None else lambda i, net: callback(epoch * steps + i, net)
         feed = batches(data.train_images, np.asarray(fixed.order), batch_size) if streamed else None
-        net, state, sums, seconds = _epoch(step, fixed, feed, net, state, augment_key, steps, f"epoch {epoch + 1}/{epochs}", progress, see)
+        net, state, sums, seconds = _epoch(run, fixed, feed, net, state, steps, steps_per_call, f"epoch {epoch + 1}/{epochs}", progress, see)
         line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
         if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
         metrics.append(line)
@@ -246,18 +266,21 @@ def fit(
     return Run(averaged(net, state), metrics, compiling)
 
 # %% ../nbs/08_training.ipynb 28
-def _epoch(step, fixed, feed, net, state, key, steps, label, progress, see):
+def _no_metrics(): return Metrics(*(jnp.zeros(()) for _ in Metrics._fields))
+
+def _epoch(run, fixed, feed, net, state, steps, per_call, label, progress, see):
     "One epoch of steps, their images from `feed` unless it is None; returns the sums of their metrics and the seconds they took."
-    start, sums = time.perf_counter(), []
-    with tqdm(range(steps), desc=label, leave=False, disable=not progress) as bar:
-        for i in bar:
+    start, carry = time.perf_counter(), (net, state, _no_metrics())
+    with tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
+        for i in range(0, steps, per_call):
             if feed is not None: fixed = fixed._replace(images=jnp.asarray(next(feed)))
-            net, state, metrics = step(fixed, net, state, jnp.int32(i), jax.random.fold_in(key, i))
-            sums.append(metrics)
-            if see is not None: see(i + 1, net)
-            if i % 16 == 15: jax.block_until_ready(metrics)  # keep the bar honest and the queue short
-    jax.block_until_ready(net)
-    return net, state, jax.tree.map(lambda *v: float(sum(v)), *sums), time.perf_counter() - start
+            last = min(i + per_call, steps)
+            carry = run((fixed, jnp.int32(i), jnp.int32(last)), carry)
+            if see is not None: see(last, carry[0])
+            if last % 16 == 0 or last == steps: jax.block_until_ready(carry)  # keep the bar honest and the queue short
+            bar.update(last - i)
+    net, state, sums = carry
+    return net, state, jax.tree.map(float, sums), time.perf_counter() - start
 
 def _measure(net, rule, data, fixed, sums, examples, seconds):
     "One line of metrics."

@@ -218,6 +218,25 @@ def test_refused(tiny, tmp_path, monkeypatch, capsys, options, said):
     assert (tmp_path / "old.json").read_text() == "mine" and not (tmp_path / "runs").exists()
 
 
+def test_an_opponent_that_does_not_know_the_case_is_left_out_and_named(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, answer in (("a", "raise InputError('only rings')"), ("b", "return [Contestant('b', lambda: None, None, dict(compile_seconds=0.0))]")):
+        (tmp_path / f"{name}.py").write_text(f"from pcnb.bench import Contestant\nfrom pcnb.network import InputError\ndef opponents(case): {answer}\n")
+    main("bench --networks tiny --batch-sizes 4 --inference gn1x1 --repetitions 1 --epoch-examples 0 --against a.py b.py".split())
+    out = capsys.readouterr().out
+    assert "a.py leaves out tiny, gn1x1: only rings" in out
+    assert [r["framework"] for r in json.loads(Path("runs/bench.json").read_text())["rows"]] == ["pcnb", "b"] * 2
+
+
+def test_a_failed_check_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_module, "relative_difference", lambda *_: 0.5)
+    with pytest.raises(SystemExit) as stop: main("bench --networks tiny --batch-sizes 4 --inference gn1x1".split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.startswith("pcnb: error: the compiled step's gradient is 5.0e-01 from") and err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
 def test_torch_side_says_how_to_get_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     with pytest.raises(InputError, match="torch is not installed; `pip install torch`"):

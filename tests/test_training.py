@@ -19,7 +19,7 @@ from pcnb.data import Dataset, Records, Scale
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
 from pcnb.inference import GradientDescent
 from pcnb.learning import AbstractRule, Backprop, PredictiveCoding, Report
-from pcnb.models import mlp
+from pcnb.models import BatchNorm, Dense, cnn, mlp
 from pcnb.network import InputError, PCNetwork
 from pcnb.training import Diverged, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint
 
@@ -170,6 +170,40 @@ def test_metrics_are_means_over_the_epoch(data):
     np.testing.assert_allclose([line["test_top1"], line["test_top5"]], [(test == 1).mean(), 1], rtol=1e-6)
     np.testing.assert_allclose(line["test_loss"], np.mean(test != 1), rtol=1e-6)  # two entries are wrong by 1
     np.testing.assert_allclose(line["examples_per_second"] * line["seconds"], 20, rtol=1e-6)
+
+
+# several steps a call
+def test_a_loop_of_steps_sees_what_single_steps_see(data):
+    for per_call in (3, 4, 32):  # 4 steps an epoch: a part left over, none, fewer than fit
+        (one, ran), (many, looped) = (seen(data, 2, augment=Shift(1), steps_per_call=n) for n in (1, per_call))
+        assert len(one) == len(many) == 8
+        for a, b in zip(arrays(one), arrays(many)): np.testing.assert_array_equal(a, b)
+        assert [{**m, "seconds": 0, "examples_per_second": 0} for m in ran.metrics] == [{**m, "seconds": 0, "examples_per_second": 0} for m in looped.metrics]
+
+
+def test_a_loop_of_steps_learns_what_single_steps_learn(data):
+    "Network, optimiser state with its count, and the statistics of batch normalisation go through the loop."
+    net = PCNetwork([Dense(4, 8, key=jax.random.key(0)), BatchNorm(8), Dense(8, CLASSES, jax.nn.gelu, key=jax.random.key(1))], (2, 2, 1))
+    rule = PredictiveCoding(inference=GradientDescent(2), joint=True)
+    one, many = (fit(net, rule, optax.adam(1e-2), data, 2, 5, steps_per_call=n, progress=False, diagnose_examples=0).net for n in (1, 3))
+    assert not np.allclose(one.layers[1].statistics.mean, net.layers[1].statistics.mean)
+    for a, b in zip(arrays(one), arrays(many)): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_on_a_cpu_make_one_step_a_call(data, monkeypatch):
+    made, make = [], pcnb.training._make_steps
+    monkeypatch.setattr(pcnb.training, "_make_steps", lambda *args: made.append(args[-1]) or make(*args))
+    general = PCNetwork([lambda x: jax.lax.conv_general_dilated(x[None], jnp.ones((1, 1, 1, 1)), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0], Dense(4, CLASSES, key=jax.random.key(0))], (2, 2, 1))
+    for net in (cnn((4, 4, 1), CLASSES, (2,), key=jax.random.key(0)), general, tiny()):
+        small = replace(data, train_images=np.zeros((N, *net.shapes[0]), np.float32), test_images=np.zeros((7, *net.shapes[0]), np.float32))
+        fit(net, Backprop(), optax.sgd(0.1), small, 1, 5, scale=lambda image: image, progress=False, diagnose_examples=0)
+    assert made == ([False, False, True] if jax.default_backend() == "cpu" else [True] * 3)
+
+
+def test_calls_of_several_steps_that_cannot_be(data):
+    for settings in (dict(steps_per_call=0), dict(steps_per_call=2, callback=print)):
+        with pytest.raises(InputError, match=f"steps_per_call is {settings['steps_per_call']}; expected at least 1, and 1 with a callback"):
+            fit(tiny(), Backprop(), optax.sgd(0.1), data, 1, 5, progress=False, **settings)
 
 
 # resumption
