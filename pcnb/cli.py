@@ -7,6 +7,7 @@ __all__ = ['DataFolder', 'COMMANDS', 'Train', 'Recipes', 'Models', 'Evaluate', '
 
 # %% ../nbs/11_cli.ipynb 2
 import io
+import os
 import re
 import sys
 from contextlib import redirect_stderr
@@ -190,7 +191,12 @@ def main(
     stopped by the keyboard. What went wrong is a line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    try: _run(argv)
+    try:
+        _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read has seen enough, for example `pcnb recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (InputError, OSError) as e: code, what = 2, f"error: {e}"
     except (Diverged, CheckFailed) as e: code, what = 1, f"error: {e}"
     except KeyboardInterrupt: code, what = 130, "stopped" + ("; go on with --resume" if argv[:1] == ["train"] else "")

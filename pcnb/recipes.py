@@ -548,6 +548,8 @@ def _data(recipe, data_dir, stream=False):
 
 def _scale(recipe, data):
     "What makes an image the network's input."
+    if getattr(recipe.network, "whiten", False) and data.image_shape[-1] == 1:
+        raise InputError(f"whiten is on, and {recipe.dataset} has 1 channel; expected colour images, whose patches have directions enough. Use --network.no-whiten.")
     return whiten(data) if getattr(recipe.network, "whiten", False) else Scale(*data.moments())
 
 def _network(recipe, rule, data, scale, key):

@@ -367,3 +367,17 @@ def test_models_counts_weights_and_suggests(printed, refuse):
     assert f"{weights:,} weights" in next(line for line in printed("models").splitlines() if line.startswith("vgg5 "))
     assert f"{weights:,}  5 layers, 0 skips" in printed("models", "vgg5")
     assert "did you mean 'resnet9'?" in refuse("models", "resnet-9")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    "As `pcnb recipes | head -1`, but certain to leave before the text is written."
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", "from pcnb.cli import main; main(['recipes'])"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_whitening_wants_colour(refuse, tmp_path):
+    assert "whiten is on, and digits has 1 channel; expected colour images" in refuse("train", "cifar10-cpu", "--dataset", "digits", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

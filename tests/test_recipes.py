@@ -16,7 +16,8 @@ from pcnb.network import InputError
 from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, ImageNetworkSetting, MLPSetting, MuonSetting, SGDSetting, from_json, report_figure, to_json, train
 from pcnb.training import Mirrored, load_checkpoint
 
-RESULTS = sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json"))
+SINCE = ("mnist-best", "mnist-validation")  # made with the options of today
+RESULTS = [p for p in sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json")) if p.parts[-3] not in SINCE]
 
 
 def pictures(n=32, side=8, classes=10, name="cifar10"):
