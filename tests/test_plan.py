@@ -1,0 +1,103 @@
+"""Plans of many runs: what is trained, what is left, what is refused before anything is trained."""
+import json
+from pathlib import Path
+
+import pytest
+
+import pcnb.cli
+from pcnb.cli import main
+from pcnb.training import Diverged, read_metrics
+
+RUN = "digits --epochs 1 --network.width 8 --network.depth 2 --no-twin"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+
+def plan(text, *options):
+    Path("p.txt").write_text(text)
+    main(["plan", "p.txt", "--quiet", *options])
+
+
+def refused(text, capsys, *options):
+    "What is said of a plan that will not do."
+    with pytest.raises(SystemExit) as stop: plan(text, *options)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    return err
+
+
+def trained(monkeypatch):
+    "The runs that are trained, as (folder, epochs, resumed), instead of training them."
+    calls = []
+    def call(self):
+        calls.append((str(self.out), self.epochs, self.resume))
+        if self.epochs == 7: raise Diverged("the loss is nan")
+    monkeypatch.setattr(pcnb.cli.Train, "__call__", call)
+    return calls
+
+
+def test_runs_are_trained_in_order_and_once(capsys):
+    plan(f"b {RUN}\n\n# not this one\na {RUN} --seed 1  # nor this\n")
+    out = capsys.readouterr().out
+    assert [json.loads(Path("runs/p", n, "config.json").read_text())["seed"] for n in "ba"] == [0, 1]
+    assert out.splitlines()[-1].split("|")[5].strip() == "2"  # two seeds in one row of the report
+    before = {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*")}
+    plan(f"b {RUN}\na {RUN} --seed 1\n")
+    assert {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*")} == before
+
+
+def test_a_stopped_run_goes_on(monkeypatch):
+    save, text = pcnb.training.save_checkpoint, f"a {RUN.replace('--epochs 1', '--epochs 2')}\n"
+    def stop(path, epoch, tree):
+        save(path, epoch, tree)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pcnb.training, "save_checkpoint", stop)
+    with pytest.raises(SystemExit) as stopped: plan(text)
+    assert stopped.value.code == 130 and not Path("runs/p/a/summary.json").exists()
+    monkeypatch.setattr(pcnb.training, "save_checkpoint", save)
+    first = read_metrics(Path("runs/p/a/metrics.jsonl"))
+    plan(text)
+    assert read_metrics(Path("runs/p/a/metrics.jsonl"))[0] == first[0] and Path("runs/p/a/summary.json").exists()
+
+
+def test_folders_beginnings_and_divergence(monkeypatch, capsys):
+    calls = trained(monkeypatch)
+    plan("mlp/a digits --epochs 7\nmlp/b digits --epochs 2\ncnn/a digits --epochs 3\n", "--out", "there", "--only", "mlp")
+    assert calls == [("there/mlp/a", 7, False), ("there/mlp/b", 2, False)]
+    assert "there/mlp/a: the loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "p.txt has no runs"), ("# nothing\n", "p.txt has no runs"),
+    ("a digits\nb digit\n", "p.txt, line 2: recipe 'digit' is unknown; did you mean 'digits'?"),
+    ("a digits --epoch 3\n", "p.txt, line 1: Unrecognized options: --epoch"),
+    ("a\n", "p.txt, line 1: the recipe comes first"), ("a digits 'x\n", "p.txt, line 1: No closing quotation"),
+    ("a digits\na mnist-mlp\n", "p.txt, line 2: the name a comes twice"),
+    ("../a digits\n", "p.txt, line 1: ../a leads out of the plan's folder"), ("/a digits\n", "/a leads out of"),
+    ("a digits --out x\n", "p.txt, line 1: --out, --data-dir, --overwrite, --resume and --quiet are the plan's"),
+])
+def test_bad_plans(text, said, capsys, monkeypatch):
+    calls = trained(monkeypatch)
+    assert said in refused(text, capsys)
+    assert calls == [] and not Path("runs").exists()
+
+
+def test_other_refusals(capsys, monkeypatch):
+    plan(f"a {RUN}\n")
+    calls = trained(monkeypatch)
+    assert "runs/p/a holds a run of other settings than the plan's" in refused(f"z {RUN}\na {RUN} --seed 2\n", capsys)
+    assert "no run whose name begins with 'q'" in refused(f"a {RUN}\n", capsys, "--only", "q")
+    with pytest.raises(SystemExit): main(["plan", "none.txt"])
+    assert "none.txt cannot be read as a text file: No such file" in capsys.readouterr().err
+    assert calls == []
+
+
+PLANS = Path(__file__).resolve().parent.parent / "plans"
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.txt")), ids=lambda p: p.stem)
+def test_the_plans_of_this_repository_mean_runs_that_can_be_built(path):
+    runs = pcnb.cli._planned(path)
+    assert len({(r.name, r.rule, r.seed, repr(r)) for r in runs.values()}) == len(runs)  # no run twice
+    for run in runs.values(): pcnb.recipes.build_rule(run, run.rule)
