@@ -200,7 +200,7 @@ class Plan:
         if not runs: raise InputError(f"{self.plan} has no run whose name begins with {self.only!r}.")
         for folder, run in runs.items(): _check_same(folder, run)
         for folder, run in runs.items():
-            if (folder / "summary.json").exists(): continue
+            if all((f / "summary.json").exists() for f in (folder, folder / "twin")[:1 + (run.twin and run.rule != "backprop")]): continue
             begun = (folder / "checkpoint.eqx").exists()
             try: replace(run, out=folder, data_dir=self.data_dir, quiet=self.quiet, resume=begun, overwrite=not begun)()
             except Diverged as e: print(f"pcnb: {folder}: {e}", file=sys.stderr)

@@ -62,6 +62,14 @@ def test_a_stopped_run_goes_on(monkeypatch):
     assert read_metrics(Path("runs/p/a/metrics.jsonl"))[0] == first[0] and Path("runs/p/a/summary.json").exists()
 
 
+def test_a_run_without_its_twin_is_not_finished():
+    text = f"a {RUN.replace('--no-twin', '--twin')}\n"
+    plan(text)
+    (Path("runs/p/a/twin/summary.json")).unlink()
+    plan(text)
+    assert json.loads(Path("runs/p/a/twin/summary.json").read_text())["rule"] == "backprop"
+
+
 def test_folders_beginnings_and_divergence(monkeypatch, capsys):
     calls = trained(monkeypatch)
     plan("mlp/a digits --epochs 7\nmlp/b digits --epochs 2\ncnn/a digits --epochs 3\n", "--out", "there", "--only", "mlp")
