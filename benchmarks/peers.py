@@ -167,12 +167,12 @@ def contestant(peer, case, given, want, python, way):
             raise RuntimeError(f"{peer.name} runs on {start['platform']} and pcnb on {jax.default_backend()}; set JAX_PLATFORMS=cpu to compare both there.")
         off = check(peer, case, want, child, folder)
         seconds = child.ask("compile")["seconds"]
-    def step(): child.ask("step", 1)
+    def step(n): child.ask("step", n)
     return Contestant(way, step, None, dict(compile_seconds=seconds, difference=off, versions=start["versions"], message_seconds=message(child)))
 
 
 def message(child, times=100):
-    "Seconds that a command and its answer take; they are part of every measured step."
+    "Seconds that a command and its answer take; they are part of every measured turn."
     took = []
     for _ in range(times):
         start = time.perf_counter()

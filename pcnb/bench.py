@@ -37,7 +37,7 @@ from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDes
 from .learning import AbstractRule, Backprop, PredictiveCoding
 from .augmentation import Shift
 from .data import Dataset, Scale
-from .training import fit
+from .training import fit, loops_well
 from .memory import keep_memory
 from .recipes import RECIPES, _commit, _versions, _write_json
 
@@ -152,7 +152,7 @@ def count_work(
 # %% ../nbs/12_bench.ipynb 24
 class Program(NamedTuple):
     "A training step, compiled for one batch shape."
-    run: Callable            # (weights, x, y, rate) -> weights after a step, mean loss; the first argument's buffers are given away
+    run: Callable            # (weights, x, y, rate, steps=1) -> weights after so many steps, mean loss at the last; the first argument's buffers are given away
     compile_seconds: float   # tracing included
     flops: float             # counted, see `count_flops`
     memory: int | None       # bytes: arguments, results and temporaries; None if the backend does not say
@@ -174,12 +174,19 @@ def compile_step(
     y: Float[Array, "batch classes"],
 ) -> Program:
     "Compile a step of `rule` ahead of time, and count it."
-    args = (_weights(net), x, y, jnp.float32(0))
+    step, looped, args = _sgd_step(net, rule), loops_well(net, x[0]), (_weights(net), x, y, jnp.float32(0))
+    def repeated(params, x, y, rate, steps):
+        return jax.lax.fori_loop(0, steps, lambda _, c: step(c[0], x, y, rate), (params, jnp.float32(0)))
     start = time.perf_counter()
-    compiled = jax.jit(_sgd_step(net, rule), donate_argnums=0).lower(*args).compile()
+    lowered = jax.jit(repeated, donate_argnums=0).lower(*args, jnp.int32(1)) if looped else jax.jit(step, donate_argnums=0).lower(*args)
+    compiled = lowered.compile()
     seconds, m = time.perf_counter() - start, compiled.memory_analysis()
     memory = m and m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return Program(compiled, seconds, count_flops(_sgd_step(net, rule), *args), memory)
+    def run(params, x, y, rate, steps=1):
+        if looped: return compiled(params, x, y, rate, jnp.int32(steps))
+        for _ in range(steps): params, loss = compiled(params, x, y, rate)
+        return params, loss
+    return Program(run, seconds, count_flops(step, *args), memory)
 
 # %% ../nbs/12_bench.ipynb 29
 def relative_difference(
@@ -241,23 +248,23 @@ def _gradients(run, net, rule, x, y):
 
 # %% ../nbs/12_bench.ipynb 32
 def take_turns(
-    contestants: dict[object, Callable[[], None]], # each does its work and waits for it
+    contestants: dict[object, Callable[[int], None]], # each does its work so many times, and waits for it
     repetitions: int,
-    least_seconds: float = 0.05, # of work in a turn; short work is repeated
+    least_seconds: float = 0.05, # of work in a turn; short work is done more often
     seed: int = 0,
 ) -> dict[object, list[float]]: # seconds of one piece of work, by repetition
-    "Time each contestant once in every repetition, in random order; each runs before, untimed: once, and again to see how long it takes if short work is repeated."
-    def once(f):
+    "Time each contestant once in every repetition, in random order; each works before, untimed: once, and again to see how long it takes if short work is done more often."
+    def once(f, n=1):
         start = time.perf_counter()
-        f()
-        return time.perf_counter() - start
+        f(n)
+        return (time.perf_counter() - start) / n
     times, rng = {name: [] for name in contestants}, np.random.default_rng(seed)
-    for f in contestants.values(): f()
+    for f in contestants.values(): f(1)
     count = {name: max(1, round(least_seconds / once(f))) if least_seconds else 1 for name, f in contestants.items()}
     for _ in range(repetitions):
         for i in rng.permutation(len(contestants)):
             name, f = list(contestants.items())[i]
-            times[name].append(once(lambda: [f() for _ in range(count[name])]) / count[name])
+            times[name].append(once(f, count[name]))
     return times
 
 def spread(
@@ -290,7 +297,7 @@ class Case:
 class Contestant(NamedTuple):
     "One way to compute a case."
     framework: str                     # who computes
-    step: Callable[[], None]           # does one training step on the case's batch, and waits for it
+    step: Callable[[int], None]        # does so many training steps on the case's batch, and waits for them
     epoch: Callable[[], float] | None  # trains for an epoch and scores the test part; seconds to leave out, those of compiling
     facts: dict                        # what else the table shows: compile_seconds, flops, memory, difference
 
@@ -301,8 +308,8 @@ def contestant(
     program = compile_step(case.net, case.rule, case.x, case.y)
     off = check_step(program, case.net, case.rule, case.x, case.y)
     weights, rate, scale = [_weights(case.net)], jnp.float32(1e-3), Scale(*case.data.moments())
-    def step():
-        weights[0], loss = program.run(weights[0], case.x, case.y, rate)
+    def step(n):
+        weights[0], loss = program.run(weights[0], case.x, case.y, rate, n)
         jax.block_until_ready((weights[0], loss))
     def epoch():
         return fit(case.net, case.rule, optax.sgd(1e-3), case.data, 1, len(case.x), augment=case.augment, scale=scale, diagnose_examples=0, progress=False).compile_seconds
@@ -315,7 +322,7 @@ def matmul_peak(
     "The rate of a square float32 matrix product, the best of `repetitions`."
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = jax.jit(jnp.matmul).lower(a, a).compile()
-    times = take_turns({"": lambda: jax.block_until_ready(product(a, a))}, repetitions)
+    times = take_turns({"": lambda n: [jax.block_until_ready(product(a, a)) for _ in range(n)]}, repetitions)
     return 2 * size ** 3 / min(times[""])
 
 # %% ../nbs/12_bench.ipynb 38
@@ -324,7 +331,7 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions):
     line_up = {(c.framework, case.name): c for case in cases for c in (contestant(case), *opponents(case))}
     steps = take_turns({key: c.step for key, c in line_up.items()}, repetitions)
     compiling = {key: [] for key in line_up}
-    epochs = {key: partial(lambda key, f: compiling[key].append(f()), key, c.epoch) for key, c in line_up.items() if c.epoch}
+    epochs = {key: partial(lambda key, f, _: compiling[key].append(f()), key, c.epoch) for key, c in line_up.items() if c.epoch}
     took = take_turns(epochs, epoch_repetitions, least_seconds=0) if epoch_repetitions else {}
     took = {key: [t - s for t, s in zip(ts, compiling[key][1:], strict=True)] for key, ts in took.items()}  # the first was untimed
     rows, batch = [], len(cases[0].x)

@@ -1,6 +1,7 @@
 """Benchmarks: what is counted, how turns are taken, what is written, and what is refused. No time is asserted."""
 import json
 import sys
+import time
 from pathlib import Path
 
 import equinox as eqx
@@ -135,9 +136,32 @@ def test_relative_difference():
 def test_paired_ratio_is_free_of_drift(drift, factor): assert paired([factor * d for d in drift], drift) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("looped", [True, False])
+def test_several_steps_are_single_steps_in_a_row(looped, getkey, monkeypatch):
+    net, x, y = mlp((6,), 10, 8, 3, key=getkey()), jax.random.normal(getkey(), (4, 6)), jax.nn.one_hot(jnp.arange(4), 10)
+    monkeypatch.setattr(bench_module, "loops_well", lambda *_: looped)
+    program, weights = compile_step(net, bench_rule("gn1x2", net)[0], x, y), lambda: jax.tree.map(jnp.copy, eqx.filter(net, eqx.is_array))
+    one, losses = weights(), []
+    for _ in range(3):
+        one, loss = program.run(one, x, y, jnp.float32(0.1))
+        losses.append(float(loss))
+    three, last = program.run(weights(), x, y, jnp.float32(0.1), 3)
+    assert losses[0] > losses[1] > losses[2] == pytest.approx(float(last))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(three), strict=True): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_short_work_is_done_more_often():
+    asked = []
+    def work(n):
+        asked.append(n)
+        time.sleep(0.002 * n)
+    times = take_turns({"": work}, 2, least_seconds=0.05)
+    assert asked[:2] == [1, 1] and asked[2] == asked[3] > 5 and len(times[""]) == 2 and min(times[""]) < 0.05  # seconds of one piece of work
+
+
 def test_every_contestant_runs_once_a_repetition():
     calls = []
-    times = take_turns({n: lambda n=n: calls.append(n) for n in "abc"}, 4, least_seconds=0)
+    times = take_turns({name: lambda n, name=name: calls.append(name) for name in "abc"}, 4, least_seconds=0)
     rounds = [calls[i:i + 3] for i in range(0, len(calls), 3)]  # the first is untimed
     assert len(rounds) == 5 and all(sorted(r) == list("abc") for r in rounds) and len({tuple(r) for r in rounds}) > 1
     assert {n: len(t) for n, t in times.items()} == dict(a=4, b=4, c=4)
@@ -175,7 +199,7 @@ def test_opponents_join(tiny, tmp_path):
     paths = []
     for name, epoch in (("other", "None"), ("third", "lambda: 0.0")):
         paths.append(tmp_path / f"{name}.py")
-        paths[-1].write_text(f"from pcnb.bench import Contestant\ndef opponents(case): return [Contestant('{name}', lambda: None, {epoch}, dict(compile_seconds=0.0))] if case.name == 'gn1x1' else []\n")
+        paths[-1].write_text(f"from pcnb.bench import Contestant\ndef opponents(case): return [Contestant('{name}', lambda n: None, {epoch}, dict(compile_seconds=0.0))] if case.name == 'gn1x1' else []\n")
     result = bench(["tiny"], [4], ["gn1x1"], 3, epoch_examples=8, epoch_repetitions=1, opponents=load_opponents(*paths), progress=lambda _: None)
     rows = {(r["framework"], r["rule"]): r for r in result["rows"]}
     assert set(rows) == {("pcnb", "backprop"), ("pcnb", "gn1x1"), ("other", "gn1x1"), ("third", "gn1x1")}
@@ -220,7 +244,7 @@ def test_refused(tiny, tmp_path, monkeypatch, capsys, options, said):
 
 def test_an_opponent_that_does_not_know_the_case_is_left_out_and_named(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, answer in (("a", "raise InputError('only rings')"), ("b", "return [Contestant('b', lambda: None, None, dict(compile_seconds=0.0))]")):
+    for name, answer in (("a", "raise InputError('only rings')"), ("b", "return [Contestant('b', lambda n: None, None, dict(compile_seconds=0.0))]")):
         (tmp_path / f"{name}.py").write_text(f"from pcnb.bench import Contestant\nfrom pcnb.network import InputError\ndef opponents(case): {answer}\n")
     main("bench --networks tiny --batch-sizes 4 --inference gn1x1 --repetitions 1 --epoch-examples 0 --against a.py b.py".split())
     out = capsys.readouterr().out

@@ -131,7 +131,7 @@ def test_the_right_is_timed_and_the_wrong_refused(tmp_path, monkeypatch):
     found, = peers.opponents(peer, case)
     assert found.framework == "right" and found.epoch is None and found.facts["versions"] == dict(numpy=np.__version__, jax=jax.__version__)
     assert set(found.facts["difference"]) == {"states", "gradients"} and max(found.facts["difference"].values()) <= 1e-4
-    found.step()
+    found.step(1)
     with pytest.raises(RuntimeError, match="numpy's gd2 on small differs from pcnb's by .*; expected at most 1e-04. Nothing was timed"):
         peers.opponents(peer._replace(ways=("wrong",)), case)
 
@@ -194,4 +194,4 @@ def test_library_computes_the_same(name):
     if not (FOLDER / ".envs" / f"{name}-{jax.default_backend()}" / "packages.txt").exists(): pytest.skip(f"benchmarks/.envs holds no {name}")
     for found in load_opponents(FOLDER / f"{name}_peer.py")(small("gd2", batch=5)):
         assert max(found.facts["difference"].values()) <= 1e-4 and found.facts["versions"].keys() == {name, "jax"}
-        found.step()
+        found.step(1)
