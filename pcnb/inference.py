@@ -268,7 +268,7 @@ def _linearised(problem, at, z):
 
 # %% ../nbs/02_inference.ipynb 38
 def _conjugate_gradients(J, Jt, H, b, steps):
-    "`steps` iterations for (Jr' Jr + Jo' H Jo) d = b from d = 0; J(v) gives the pair (Jr v, Jo v)."
+    "`steps` iterations for (Jr' Jr + Jo' H Jo) d = b from d = 0; returns d and b'd. J(v) gives the pair (Jr v, Jo v)."
     d, r, p, rr = jax.tree.map(jnp.zeros_like, b), b, b, _dot(b, b)
     for i in range(steps):
         hidden, out = J(p)
@@ -279,7 +279,7 @@ def _conjugate_gradients(J, Jt, H, b, steps):
         r = _axpy(-a, Jt(image), r)
         rr, old = _dot(r, r), rr
         p = _axpy(_ratio(rr, old), p, r)
-    return d
+    return d, _dot(b, d)
 
 # %% ../nbs/02_inference.ipynb 40
 def _truncated_newton(Hv, b, steps):
@@ -298,35 +298,37 @@ def _truncated_newton(Hv, b, steps):
     return d
 
 # %% ../nbs/02_inference.ipynb 42
-def _dual_conjugate_gradients(A, At, H, b, steps):
-    "`steps` iterations for (I + H A A') u = b from u = 0 in the inner product of K = A A'; returns u and K u."
-    K = lambda v: A(At(v))
-    u, Ku, r, Kr = jnp.zeros_like(b), jnp.zeros_like(b), b, K(b)
-    p, Kp, rho = r, Kr, _dot(r, Kr)
+def _conjugate_gradients_by_output(A, At, H, b, steps):
+    "`steps` iterations for (I + A' H A) d = b from d = 0; returns d and b'd. A vector a b + A' u is kept as a, u, its image under A, and the shares of `parts` in A' u."
+    bb, Ab, parts = _dot(b, b), A(b), []
+    unit = [jnp.ones_like(bb) if i == j else jnp.zeros_like(bb) for i in range(steps) for j in range(steps)]
+    r = p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, [jnp.zeros_like(bb)] * steps)
+    d, rr, pp = jax.tree.map(jnp.zeros_like, p), bb, bb
     for i in range(steps):
-        Mp = p + H(Kp)
-        a = _ratio(rho, _dot(Kp, Mp))
-        u, Ku = u + a * p, Ku + a * Kp
+        Hp = H(p[2])
+        t = _ratio(rr, pp + _dot(p[2], Hp))
+        d = _axpy(t, p, d)
         if i + 1 == steps: break
-        r = r - a * Mp
-        Kr = K(r)
-        rho, old = _dot(r, Kr), rho
-        c = _ratio(rho, old)
-        p, Kp = r + c * p, Kr + c * Kp
-    return u, Ku
+        a, u = r[0] - t * p[0], r[1] - t * (p[1] + Hp)
+        parts.append(At(u))
+        image = A(parts[-1])
+        r = a, u, a * Ab + image, unit[i * steps:(i + 1) * steps]
+        rr, old = jnp.maximum(a * a * bb + 2 * a * _dot(u, Ab) + _dot(u, image), 0), rr
+        c = _ratio(rr, old)
+        p, pp = _axpy(c, p, r), rr + c * c * pp
+    return jax.tree.map(lambda b, *m: sum([s * v for s, v in zip(d[3], m)], d[0] * b), b, *parts), d[0] * bb + _dot(d[1], Ab)
 
 # %% ../nbs/02_inference.ipynb 44
 class GaussNewton(AbstractInference):
     """Gauss-Newton in whitened error coordinates: `steps` linearisations, each solved by `cg_steps` conjugate-gradient iterations.
 
     A guard per example sees to it that the energy never rises (beyond its rounding). `exact` converges in fewer steps near the minimum, for
-    tolerances below about 1e-2. With `dual` the iterations run on vectors of the output's size, for `ForwardEnergy` only. With `cg_steps=1` and one step the hidden errors are backpropagation's deltas times one scalar an example.
-    Raises `InputError` for negative counts or tolerance, precisions that are not positive, or `dual` with another energy or with `exact`.
+    tolerances below about 1e-2. With `cg_steps=1` and one step the hidden errors are backpropagation's deltas times one scalar an example.
+    Raises `InputError` for negative counts or tolerance, or precisions that are not positive.
     """
     steps: int = 2           # linearisations, at most
     cg_steps: int = 2        # conjugate-gradient iterations in each
     exact: bool = False      # use the energy's full Hessian, up to the first direction of negative curvature
-    dual: bool = False       # iterate on vectors of the output's size
     tolerance: float = 0.0   # stop at this relative residual, at two passes a test; 0: never
     backtracks: int = 8      # shorter steps tried before a step is given up
     rounding: float | None = None # relative error of the energy, about 2**-9 with convolutions in bfloat16; None: 8 units in the last place
@@ -334,10 +336,9 @@ class GaussNewton(AbstractInference):
     def __check_init__(self): _check(steps=self.steps, cg_steps=self.cg_steps, tolerance=self.tolerance, backtracks=self.backtracks, rounding=self.rounding)
 
     def __call__(self, problem):
-        self._check_dual(problem.energy)
         carry = (problem.ref, problem.total(problem.ref), jnp.zeros(()))
         if not self.tolerance:
-            for i in range(self.steps): carry = self._step(problem, *carry, first=i == 0)
+            for _ in range(self.steps): carry = self._step(problem, *carry)
             return carry[0], carry[2]
         residual = lambda s: _norm(problem.gradient(s.hidden))
         start = residual(problem.ref)
@@ -345,16 +346,10 @@ class GaussNewton(AbstractInference):
                                     lambda c: residual(c[0]) <= self.tolerance * start)
         return s, passes + 2.0 * (k + 1)
 
-    def _check_dual(self, energy):
-        if self.dual and self.exact: raise InputError("dual=True has no exact form; choose one of dual and exact.")
-        if self.dual and not isinstance(energy, ForwardEnergy):
-            raise InputError(f"dual=True needs ForwardEnergy; got {type(energy).__name__}. Use dual=False.")
-
-    def _step(self, problem, s, e, passes, first=False):
+    def _step(self, problem, s, e, passes):
         whiten, at = _whitened(problem)
         z = whiten(s.eps)
-        if self.exact: d, slope, cost = self._exact_direction(problem, at, z)
-        else: d, slope, cost = self._direction(problem, at, z, first)
+        d, slope, cost = (self._exact_direction if self.exact else self._direction)(problem, at, z)
         trial = lambda t: (lambda s: (s, problem.total(s)))(at(_axpy(t, d, z)))
         s, e, tries = _guarded(trial, s, e, slope, self)
         return s, e, passes + 1 + cost + tries
@@ -364,21 +359,15 @@ class GaussNewton(AbstractInference):
         d = _truncated_newton(Hv, jax.tree.map(jnp.negative, g), self.cg_steps)
         return d, _dot(g, d), 1 + 2 * self.cg_steps
 
-    def _direction(self, problem, at, z, first):
-        r, slope_out, J, H = _linearised(problem, at, z)
+    def _direction(self, problem, at, z):
+        r, slope, J, H = _linearised(problem, at, z)
         Jt = lambda v: jax.linear_transpose(J, z)(v)[0]
-        if self.dual: return self._dual_direction(J, Jt, H, z, r, slope_out, first)
-        g = Jt((r, slope_out))
-        d = _conjugate_gradients(J, Jt, H, jax.tree.map(jnp.negative, g), self.cg_steps)
-        return d, _dot(g, d), max(2 * self.cg_steps, 1)
-
-    def _dual_direction(self, J, Jt, H, z, r, slope_out, first):
-        silent = jax.tree.map(jnp.zeros_like, r)
-        A, At = lambda v: J(v)[1], lambda u: Jt((silent, u))
-        Az = jnp.zeros_like(slope_out) if first else A(z)
-        u, Ku = _dual_conjugate_gradients(A, At, H, slope_out - H(Az), self.cg_steps)
-        d = jax.tree.map(lambda a, b: -a - b, At(u), z)
-        return d, _dot(z, d) - _dot(slope_out, Ku + Az), 2 * self.cg_steps + 1 + (not first)
+        b = jax.tree.map(jnp.negative, Jt((r, slope)))
+        if isinstance(problem.energy, ForwardEnergy):
+            silent = jax.tree.map(jnp.zeros_like, r)
+            d, gain = _conjugate_gradients_by_output(lambda v: J(v)[1], lambda u: Jt((silent, u)), H, b, self.cg_steps)
+        else: d, gain = _conjugate_gradients(J, Jt, H, b, self.cg_steps)
+        return d, -gain, max(2 * self.cg_steps, 1)
 
 # %% ../nbs/02_inference.ipynb 45
 def _guarded(trial, s, e, slope, algorithm):
@@ -395,8 +384,9 @@ def _guarded(trial, s, e, slope, algorithm):
         return t, *trial(t), k + 1
     one = jnp.ones_like(e)
     _, at, new, k = jax.lax.while_loop(rises, shorter, (one, *trial(one), 1))
-    keep = new <= ceiling
-    return jax.tree.map(lambda a, b: jnp.where(keep, a, b), at, s), jnp.where(keep, new, e), k
+    # a choice between all states, made in a loop so that it costs nothing where no example needs it
+    (at, new), _ = jax.lax.while_loop(lambda c: c[1], lambda c: ((s, e), ~c[1]), ((at, new), ~(new <= ceiling)))
+    return at, new, k
 
 # %% ../nbs/02_inference.ipynb 47
 class LBFGS(AbstractInference):
