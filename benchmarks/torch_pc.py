@@ -222,19 +222,30 @@ class NewtonSteps(Inference):
             for l in reversed(range(1, n + 1)): adjoints[l] = net.pull(l, factors[l], adjoints)
             return adjoints[1:-1]
 
-        g = axpy(torch.ones_like(y[:, 0]), eps, At(self.p * (states[-1] - y)))
-        r = q = [-v for v in g]
-        d, rr = [torch.zeros_like(v) for v in g], dot(r, r)
-        for i in range(self.algorithm.cg_steps):
-            out = A(q)
-            a = ratio(rr, dot(q, q) + self.p * (out * out).sum(1))
-            d = axpy(a, q, d)
-            if i + 1 == self.algorithm.cg_steps: break
-            r = axpy(-a, axpy(torch.ones_like(a), q, At(self.p * out)), r)
-            rr, old = dot(r, r), rr
-            q = axpy(ratio(rr, old), q, r)
-        one = torch.ones_like(y[:, 0])
-        return d, dot(g, d), self.energy(states, eps, y), *self._trial(x, y, eps, d, one)
+        one, inner = torch.ones_like(y[:, 0]), lambda u, v: (u * v).sum(1)
+        b = [-v for v in axpy(one, eps, At(self.p * (states[-1] - y)))]
+        bb, Ab, parts, steps = dot(b, b), A(b), [], self.algorithm.cg_steps
+        # a vector a b + A' u is kept as a, u, its image under A, and the shares of `parts` in A' u
+        mix = lambda t, v, w: (t * v[0] + w[0], t[:, None] * v[1] + w[1], t[:, None] * v[2] + w[2], [t * p + q for p, q in zip(v[3], w[3])])
+        nothing = torch.zeros_like(y), [torch.zeros_like(bb)] * steps
+        r = q = (one, nothing[0], Ab, nothing[1])
+        d, rr, qq = (0 * one, nothing[0], nothing[0], nothing[1]), bb, bb
+        for i in range(steps):
+            Hq = self.p * q[2]
+            t = ratio(rr, qq + inner(q[2], Hq))
+            d = mix(t, q, d)
+            if i + 1 == steps: break
+            a, u = r[0] - t * q[0], r[1] - t[:, None] * (q[1] + Hq)
+            parts.append(At(u))
+            image = A(parts[-1])
+            r = a, u, a[:, None] * Ab + image, [one if j == i else 0 * one for j in range(steps)]
+            rr, old = torch.clamp(a * a * bb + 2 * a * inner(u, Ab) + inner(u, image), min=0), rr
+            c = ratio(rr, old)
+            q, qq = mix(c, q, r), rr + c * c * qq
+        slope = -(d[0] * bb + inner(d[1], Ab))
+        direction = [scaled(d[0], v) for v in b]
+        for share, m in zip(d[3], parts): direction = axpy(share, m, direction)
+        return direction, slope, self.energy(states, eps, y), *self._trial(x, y, eps, direction, one)
 
     def __call__(self, x, y):
         states = self.start(x)
