@@ -367,14 +367,14 @@ def difference64(case):
 def check(case, rule, want, exact):
     """Differences from pcnb's `want`. Raises `CheckFailed` above the tolerance.
 
-    A state minus its prediction loses in float32 what is small in it, and where the lowest layers' errors are, both frameworks lose it differently. Gradients
-    that are above the tolerance for that must agree in float64, which `exact()` tells.
+    A state minus its prediction loses in float32 what is small in it, and where the lowest layers' errors are, both frameworks lose it differently. What is
+    above the tolerance for that, but not by more than a factor of 100, must agree in float64, which `exact()` tells.
     """
     off = difference(case, rule, want)
     if max(off.values()) <= TOLERANCE: return off
     wide = exact()
-    if not (off["states"] <= TOLERANCE and max(wide.values()) <= 1e-9):
-        raise CheckFailed(f"torch's {case.name} on {case.network} differs from pcnb's by {off | wide}; expected at most {TOLERANCE:.0e}, for gradients in float64 at least. Nothing was timed.")
+    if not (max(off.values()) <= 100 * TOLERANCE and max(wide.values()) <= 1e-9):
+        raise CheckFailed(f"torch's {case.name} on {case.network} differs from pcnb's by {off | wide}; expected at most {TOLERANCE:.0e}, or {100 * TOLERANCE:.0e} and 1e-09 in float64. Nothing was timed.")
     return off | wide
 
 

@@ -326,9 +326,13 @@ def matmul_peak(
     return 2 * size ** 3 / min(times[""])
 
 # %% ../nbs/12_bench.ipynb 38
-def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions):
+def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progress):
     "Measure all rules of one network at one batch size, each in all frameworks; one dict each."
-    line_up = {(c.framework, case.name): c for case in cases for c in (contestant(case), *opponents(case))}
+    what, line_up = f"{cases[0].network}, batch {len(cases[0].x)}", {}
+    for case in cases:
+        progress(f"{what}: {case.name}, compile and check")
+        line_up |= {(c.framework, case.name): c for c in (contestant(case), *opponents(case))}
+    progress(f"{what}: take turns")
     steps = take_turns({key: c.step for key, c in line_up.items()}, repetitions)
     compiling = {key: [] for key in line_up}
     epochs = {key: partial(lambda key, f, _: compiling[key].append(f()), key, c.epoch) for key, c in line_up.items() if c.epoch}
@@ -371,13 +375,12 @@ def bench(
     rows, peak = [], matmul_peak()
     for name, net in nets.items():
         for batch in batch_sizes:
-            progress(f"{name}, batch {batch}")
             data, work = bench_images(net.shapes[0], max(epoch_examples, batch)), count_work(net, batch)
             x = jax.vmap(Scale(*data.moments()))(jnp.asarray(data.train_images[:batch]))
             y = jax.nn.one_hot(data.train_labels[:batch], 10)
             cases = [Case(name, net, r, rule, x, y, data, Shift(2)) for r, (rule, _) in rules[name].items()]
             least = {r: work.least(passes) for r, (_, passes) in rules[name].items()}
-            rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0)
+            rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0, progress)
     machine = dict(device=str(jax.devices()[0].device_kind), platform=jax.default_backend(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                    machine=platform.machine(), versions=_versions(), commit=_commit(), taken=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     return dict(**machine, peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
