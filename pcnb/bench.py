@@ -241,8 +241,8 @@ def _gradients(run, net, rule, x, y):
     "A step's gradient on the batch for checks, and the mean of its examples' gradients."
     x, y = check_batch(x, y)
     before, (after, _) = _weights(net), run(_weights(net), x, y, jnp.ones((), x.dtype))
-    alone = eqx.filter_jit(lambda x, y: eqx.filter(rule.gradient(net, x, y)[0], eqx.is_array))
-    each = [alone(x[i:i + 1], y[i:i + 1]) for i in range(min(4, len(x)))]
+    alone = eqx.filter_jit(lambda net, x, y: eqx.filter(rule.gradient(net, x, y)[0], eqx.is_array))
+    each = [alone(net, x[i:i + 1], y[i:i + 1]) for i in range(min(4, len(x)))]
     share = np.bincount(np.arange(len(x)) % 4) / len(x)
     return jax.tree.map(jnp.subtract, before, after), jax.tree.map(lambda *g: sum(s * v for s, v in zip(share.tolist(), g)), *each)
 
@@ -250,7 +250,7 @@ def _gradients(run, net, rule, x, y):
 def take_turns(
     contestants: dict[object, Callable[[int], None]], # each does its work so many times, and waits for it
     repetitions: int,
-    least_seconds: float = 0.05, # of work in a turn; short work is done more often
+    least_seconds: float = 0.3, # of work in a turn; short work is done more often
     seed: int = 0,
 ) -> dict[object, list[float]]: # seconds of one piece of work, by repetition
     "Time each contestant once in every repetition, in random order; each works before, untimed: once, and again to see how long it takes if short work is done more often."
