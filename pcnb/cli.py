@@ -260,7 +260,7 @@ def main(
         sys.exit(1)
     except (InputError, OSError) as e: code, what = 2, f"error: {e}"
     except (Diverged, CheckFailed) as e: code, what = 1, f"error: {e}"
-    except KeyboardInterrupt: code, what = 130, "stopped" + {"train": "; go on with --resume", "plan": "; the same command goes on"}.get(argv[0], "")
+    except KeyboardInterrupt: code, what = 130, "stopped" + {"train": "; go on with --resume", "plan": "; the same command goes on"}.get("".join(argv[:1]), "")
     else: return
     print("pcnb:", " ".join(what.splitlines()), file=sys.stderr)
     sys.exit(code)

@@ -301,8 +301,8 @@ def _truncated_newton(Hv, b, steps):
 def _conjugate_gradients_by_output(A, At, H, b, steps):
     "`steps` iterations for (I + A' H A) d = b from d = 0; returns d and b'd. A vector a b + A' u is kept as a, u, its image under A, and the shares of `parts` in A' u."
     bb, Ab, parts = _dot(b, b), A(b), []
-    unit = [jnp.ones_like(bb) if i == j else jnp.zeros_like(bb) for i in range(steps) for j in range(steps)]
-    r = p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, [jnp.zeros_like(bb)] * steps)
+    unit = jnp.eye(steps, dtype=bb.dtype)
+    r = p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, jnp.zeros(steps, bb.dtype))
     d, rr, pp = jax.tree.map(jnp.zeros_like, p), bb, bb
     for i in range(steps):
         Hp = H(p[2])
@@ -312,7 +312,7 @@ def _conjugate_gradients_by_output(A, At, H, b, steps):
         a, u = r[0] - t * p[0], r[1] - t * (p[1] + Hp)
         parts.append(At(u))
         image = A(parts[-1])
-        r = a, u, a * Ab + image, unit[i * steps:(i + 1) * steps]
+        r = a, u, a * Ab + image, unit[i]
         rr, old = jnp.maximum(a * a * bb + 2 * a * _dot(u, Ab) + _dot(u, image), 0), rr
         c = _ratio(rr, old)
         p, pp = _axpy(c, p, r), rr + c * c * pp
