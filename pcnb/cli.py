@@ -23,7 +23,7 @@ from . import __version__
 from .network import InputError, choose
 from .memory import keep_memory
 from .models import MODELS, find_model, layer_table
-from .data import SETS, describe
+from .data import describe
 from .training import Diverged
 from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
                           MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, train, _read_json)
@@ -145,7 +145,7 @@ class Evaluate:
     def __call__(self):
         "Print the score and what it is of. Raises `InputError` for a folder that is not a finished run."
         score, recipe = evaluate_run(self.run, self.data_dir), from_json(_read_json(self.run / "config.json")["settings"])
-        what = f"{recipe.validation} validation examples, held out of the training set" if recipe.validation else f"{SETS[recipe.dataset].n_test} test examples"
+        what = f"{score.examples} " + ("validation examples, held out of the training set" if recipe.validation else "test examples")
         print(f"{self.run}: {what} of {recipe.dataset}\ntop-1 {100 * score.top1:.2f} %, top-5 {100 * score.top5:.2f} %, {recipe.energy.loss} loss {score.loss:.4f}")
 
 @dataclass(frozen=True)

@@ -235,6 +235,17 @@ def _read_digits(entry, folder):
     test = np.isin(np.arange(len(labels)), order[::5])
     return dict(train_images=images[~test], train_labels=labels[~test], test_images=images[test], test_labels=labels[test])
 
+def _text(path):
+    try: return path.read_text("utf-8")
+    except UnicodeDecodeError: raise InputError(f"{path} is not text; it is damaged, get it again.") from None
+
+def _pairs(path):
+    "The first two columns of a text file, which tabs part."
+    for i, line in enumerate(_text(path).splitlines(), 1):
+        pair = line.split("\t")[:2]
+        if len(pair) < 2: raise InputError(f"Line {i} of {path} is {line[:40]!r}, but must have two columns, parted by a tab; get it again.")
+        yield pair
+
 def _need(entry, folder, *names):
     for name in names:
         if not (folder / name).exists(): raise InputError(f"{folder} has no {name}; it is not complete, or the folder of another set than {entry.name}.")
@@ -242,7 +253,7 @@ def _need(entry, folder, *names):
 def _read_cifar_set(entry, folder, train, test, names, label=0):
     "The arrays of CIFAR from the files `train` and `test`; each label byte has a file in `names`, and byte number `label` is the label."
     _need(entry, folder, *train, *test, *names)
-    found = tuple((folder / names[label]).read_text().split())
+    found = tuple(_text(folder / names[label]).split())
     if found != entry.classes:
         raise InputError(f"{folder / names[label]} names {len(found)} classes ({', '.join(found[:3])}, ...), but {entry.name} has {len(entry.classes)} "
             f"({', '.join(entry.classes[:3])}, ...); is it the folder of another set?")
@@ -258,16 +269,16 @@ def _read_cifar_set(entry, folder, train, test, names, label=0):
 def _read_tiny_imagenet(entry, folder, n_train=500, n_test=50):
     "The arrays of Tiny ImageNet, class after class in turn, and the names of the classes; each has `n_train` and `n_test` images."
     _need(entry, folder, "wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt")
-    wnids = (folder / "wnids.txt").read_text().split()
+    wnids = _text(folder / "wnids.txt").split()
     if len(wnids) != (entry.classes or len(wnids)):
         raise InputError(f"{folder} has {len(wnids)} classes, but {entry.name} has {entry.classes}. Get all of it, or load 'tiny_imagenet_subset' to try things out; that is not the benchmark.")
     if sorted(path.name for path in (folder / "train").iterdir()) != sorted(wnids): raise InputError(f"The folders in {folder / 'train'} are not the {len(wnids)} classes of wnids.txt; get it again.")
     train = {w: sorted(path for path in (folder / "train" / w / "images").iterdir() if path.suffix == ".JPEG") for w in wnids}
     test = {w: [] for w in wnids}
-    for name, wnid in (line.split("\t")[:2] for line in (folder / "val/val_annotations.txt").read_text().splitlines()):
+    for name, wnid in _pairs(folder / "val/val_annotations.txt"):
         if wnid not in test: raise InputError(f"{folder / 'val/val_annotations.txt'} gives {name} the class {wnid}, which is not in wnids.txt; get it again.")
         test[wnid].append(folder / "val/images" / name)
-    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines())
+    words = dict(_pairs(folder / "words.txt"))
     arrays = {"classes": tuple(f"{w} {words.get(w, '').split(',')[0]}".strip() for w in wnids)}
     for part, paths, n in (("train", train, n_train), ("test", test, n_test)):
         for wnid, own in paths.items():

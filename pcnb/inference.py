@@ -51,9 +51,13 @@ class Problem(eqx.Module):
         "The output's term."
         return self.energy.output(out, self.y)
 
-    def gradient(self, hidden: list) -> list: # two passes
-        "Gradient of the energy over the hidden states."
-        return jax.grad(lambda h: self.total(self.at_states(h)))(hidden)
+    def gradient(self, hidden: list, eps: list | None = None) -> list: # two passes
+        "Gradient of the energy over the hidden states. `eps`: the errors there, where they are known better than as a difference of states, which rounds them as coarsely as the states."
+        def total(hidden):
+            s = self.at_states(hidden)
+            if eps is None: return self.total(s)
+            return self.total(s._replace(eps=[e + (v - jax.lax.stop_gradient(v)) for e, v in zip(eps, s.eps)]))
+        return jax.grad(total)(hidden)
 
 # %% ../nbs/02_inference.ipynb 12
 class AbstractInference(eqx.Module):
@@ -85,7 +89,7 @@ def infer(
 
 def _inferred(problem, algorithm):
     s, passes = algorithm(problem)
-    start, end = (_norm(problem.gradient(h)) for h in (problem.ref.hidden, s.hidden))
+    start, end = (_norm(problem.gradient(t.hidden, t.eps)) for t in (problem.ref, s))
     return Inferred(s, problem.ref, problem.by_layer(s), problem.by_layer(problem.ref), end, _ratio(end, start), jnp.asarray(passes, jnp.float32))
 
 # %% ../nbs/02_inference.ipynb 14
@@ -184,7 +188,7 @@ class GradientDescent(AbstractInference):
             follow = lambda c: (self._step(c[0], everything(c[0][0], c[1])), c[1] + 1)
             ((hidden, _), _), k = _repeat(follow, (carry, early + 1), self.steps - early)
         else:
-            start = _norm(problem.gradient(problem.ref.hidden))
+            start = _norm(problem.gradient(problem.ref.hidden, problem.ref.eps))
             follow = lambda c: (c, everything(c[0]))  # the gradient after a step serves the test and the next step
             ((hidden, _), _), k = _repeat(lambda c: follow(self._step(*c)), follow(carry), self.steps - early,
                                           lambda c: _norm(c[1]) <= self.tolerance * start)
@@ -340,7 +344,7 @@ class GaussNewton(AbstractInference):
         if not self.tolerance:
             for _ in range(self.steps): carry = self._step(problem, *carry)
             return carry[0], carry[2]
-        residual = lambda s: _norm(problem.gradient(s.hidden))
+        residual = lambda s: _norm(problem.gradient(s.hidden, s.eps))
         start = residual(problem.ref)
         (s, _, passes), k = _repeat(lambda c: self._step(problem, *c), carry, self.steps,
                                     lambda c: residual(c[0]) <= self.tolerance * start)
@@ -410,7 +414,7 @@ class LBFGS(AbstractInference):
         whiten, at = _whitened(problem)
         memory, z = optax.scale_by_lbfgs(min(self.memory, self.steps)), whiten(problem.ref.eps)
         # Where a test follows, the gradient over the states shares its forward pass with the gradient over the errors.
-        residual = lambda s: _norm(problem.gradient(s.hidden)) if self.tolerance else ()
+        residual = lambda s: _norm(problem.gradient(s.hidden, s.eps)) if self.tolerance else ()
         def look(z):
             (e, s), g = jax.value_and_grad(lambda z: (lambda s: (problem.total(s), s))(at(z)), has_aux=True)(z)
             return (z, s, g, residual(s)), e

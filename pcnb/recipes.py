@@ -31,7 +31,7 @@ from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, F
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep
 from .schedules import Spike
 from .skip import add_skips, mupc, scale_branches
-from .lalr import lalr
+from .lalr import clip_layers, lalr
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding
 from .nudging import CentredPC
 from .log_determinant import LogDeterminant
@@ -222,7 +222,11 @@ def _decayed(setting):
     "Which arrays decay: all (None), or those of two dimensions or more."
     return None if setting.decay_all else lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
 
-def _layered(layer_adaptive, optimiser): return optax.chain(lalr(), optimiser) if layer_adaptive else optimiser
+def _layered(setting, optimiser):
+    "The optimiser behind what its setting does to each layer's gradient first."
+    if not setting.clip >= 0: raise InputError(f"clip is {setting.clip}; expected a number above 0, or 0 for none.")
+    first = ([clip_layers(setting.clip)] if setting.clip else []) + ([lalr()] if getattr(setting, "lalr", False) else [])
+    return optax.chain(*first, optimiser) if first else optimiser
 
 # %% ../nbs/10_recipes.ipynb 16
 @dataclass(frozen=True)
@@ -238,10 +242,12 @@ class AdamSetting:
     """Whether biases and scales decay too, or only arrays of two dimensions or more."""
     lalr: bool = False
     """Layer-adaptive learning rate: each layer's gradient is divided by its own running size first (notebook 04)."""
+    clip: float = 0.0
+    """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
-        return _layered(self.lalr, optax.adamw(_schedule(self, steps), weight_decay=self.weight_decay, mask=_decayed(self)))
+        return _layered(self, optax.adamw(_schedule(self, steps), weight_decay=self.weight_decay, mask=_decayed(self)))
 
 @dataclass(frozen=True)
 class SGDSetting:
@@ -260,12 +266,14 @@ class SGDSetting:
     """Whether biases and scales decay too, or only arrays of two dimensions or more."""
     lalr: bool = False
     """Layer-adaptive learning rate: each layer's gradient is divided by its own running size first (notebook 04)."""
+    clip: float = 0.0
+    """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
         if not 0 <= self.momentum < 1: raise InputError(f"momentum is {self.momentum}; expected 0 <= momentum < 1.")
         decay = optax.add_decayed_weights(self.weight_decay, _decayed(self))
-        return _layered(self.lalr, optax.chain(optax.trace(self.momentum, self.nesterov), decay, optax.scale_by_learning_rate(_schedule(self, steps))))
+        return _layered(self, optax.chain(optax.trace(self.momentum, self.nesterov), decay, optax.scale_by_learning_rate(_schedule(self, steps))))
 
 @dataclass(frozen=True)
 class MuonSetting:
@@ -278,13 +286,15 @@ class MuonSetting:
     """Fraction of all steps over which the rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled decay of arrays of two dimensions or more."""
+    clip: float = 0.0
+    """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
         if not 0 <= self.momentum < 1: raise InputError(f"momentum is {self.momentum}; expected 0 <= momentum < 1.")
         matrix = lambda p: optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim >= 2 else None
-        return optax.contrib.muon(_schedule(self, steps), beta=self.momentum, weight_decay=self.weight_decay, consistent_rms=0.2,
-                                  muon_weight_dimension_numbers=lambda params: jax.tree.map(matrix, params))
+        return _layered(self, optax.contrib.muon(_schedule(self, steps), beta=self.momentum, weight_decay=self.weight_decay, consistent_rms=0.2,
+                                                 muon_weight_dimension_numbers=lambda params: jax.tree.map(matrix, params)))
 
 @dataclass(frozen=True)
 class AugmentSetting:
@@ -306,11 +316,11 @@ class AugmentSetting:
     cutmix: float = 0.0
     """Alpha of CutMix, which pastes a part of another image in; 0: off."""
 
-    def build(self, data: Dataset):
-        "The augmentation, or None if nothing changes. Raises `InputError` for two options that do the same work."
+    def build(self, data: Dataset, seed: int = 0):
+        "The augmentation, or None if nothing changes; `seed` decides which images alternating flips turn first. Raises `InputError` for two options that do the same work."
         if self.crop and self.pixels: raise InputError(f"crop is {self.crop} and pixels {self.pixels}; both shift the image, so leave one at 0.")
         if self.mixup and self.cutmix: raise InputError(f"mixup is {self.mixup} and cutmix {self.cutmix}; both mix two images, so leave one at 0.")
-        flip = choose("flip", self.flip, {"none": None, "random": Flip(), "alternating": AlternatingFlip()})
+        flip = choose("flip", self.flip, {"none": None, "random": Flip(), "alternating": AlternatingFlip(seed)})
         move = Affine(self.pixels, self.degrees, self.scale) if self.degrees or self.scale else Shift(self.pixels) if self.pixels else None
         changes = [flip, Crop(self.crop) if self.crop else None, move, Cutout(self.cutout, self._colour(data)) if self.cutout else None,
                    Mixup(self.mixup) if self.mixup else None, CutMix(self.cutmix) if self.cutmix else None]
@@ -523,7 +533,7 @@ def train(
     if not 0 <= recipe.label_smoothing < 1: raise InputError(f"label_smoothing is {recipe.label_smoothing}; expected a number from 0 up to, but not including, 1.")
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
     updates = recipe.epochs * (len(data.train_images) // recipe.batch_size) * (recipe.inference.steps if rule == "ipc" else 1)
-    optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data)
+    optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data, seed)
     if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
     config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),

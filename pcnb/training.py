@@ -32,6 +32,7 @@ class Score(NamedTuple):
     top1: float   # fraction with the label on top
     top5: float   # fraction with the label among the five largest outputs
     loss: float   # nats, mean
+    examples: int # scored
 
 def _take(images, index):
     "These images, taken as rows of a matrix, which is faster on a CPU than to take from an array of more axes (experiments/speed)."
@@ -64,7 +65,7 @@ def evaluate(
         part, real = np.minimum(index, n - 1), index < n
         if streamed: total += _score_batch(net, scale, loss, jnp.asarray(images[part]), labels[part], np.arange(batch_size), real)
         else: total += _score_batch(net, scale, loss, images, labels, part, real)
-    return Score(*(float(v) / n for v in total))
+    return Score(*(float(v) / n for v in total), n)
 
 # %% ../nbs/08_training.ipynb 13
 class Mirrored(eqx.Module):

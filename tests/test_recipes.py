@@ -122,6 +122,21 @@ def test_muon_steps_are_orthogonal(shape, size):
     assert (singular < -0.6 * unit).all() and (singular > -1.3 * unit).all()
 
 
+@pytest.mark.parametrize("setting", [SGDSetting(0.1, 0.0), SGDSetting(0.1, 0.0, lalr=True)], ids=["SGD", "LALR"])
+def test_a_layers_gradient_is_shortened_to_its_limit(setting):
+    "Ones of norm sqrt(6) and sqrt(3) become a norm of 2, or stay; LALR afterwards makes either a norm of 1."
+    first, limit = steps(replace(setting, clip=2.0), 1), 1.0 if setting.lalr else 2.0
+    np.testing.assert_allclose(first["weight"], np.full((2, 3), -0.1 * limit / 6 ** 0.5), rtol=1e-5)
+    np.testing.assert_allclose(first["bias"], np.full(3, -0.1 * (3 ** -0.5 if setting.lalr else 1)), rtol=1e-5)
+    with pytest.raises(InputError, match="clip is -1"): replace(setting, clip=-1.0).build(10)
+
+
+def test_each_seed_has_its_own_alternating_flips():
+    images = jnp.arange(64.0)[:, None, None, None] + jnp.arange(2.0).reshape(1, 1, 2, 1)
+    turned = lambda seed: AugmentSetting("alternating").build(DATA, seed)(Batch(images, jnp.zeros((64, 2)), jnp.arange(64), jnp.array(0)), key=None).images[:, 0, 0, 0] > images[:, 0, 0, 0]
+    assert (turned(0) == turned(0)).all() and (turned(0) != turned(1)).any() and 16 < turned(1).sum() < 48
+
+
 def test_muon_decays_matrices_and_leaves_vectors_to_adam():
     step = lambda decay: steps(MuonSetting(0.1, weight_decay=decay), 3)
     np.testing.assert_allclose(step(0.25)["weight"] - step(0.0)["weight"], np.full((2, 3), -0.1 * 0.25 * 2), rtol=1e-5)
