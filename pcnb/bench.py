@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 from tyro.conf import FlagCreatePairsOff, arg
 from . import models
 from .network import InputError, PCNetwork, choose
-from .energy import BidirectionalEnergy, ForwardEnergy
+from .energy import BidirectionalEnergy, ForwardEnergy, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, Sweep, wave
 from .learning import AbstractRule, Backprop, PredictiveCoding
 from .augmentation import Shift
@@ -87,13 +87,14 @@ def bench_inference(
     raise InputError(f"inference {name!r} is unknown; expected a name like gn1x2, gd8, ed8 or sweep.")
 
 def bench_rule(
-    name: str, # backprop, or a name for `bench_inference`; with a b at its end: of the bidirectional energy
+    name: str, # backprop, or a name for `bench_inference`; with a b at its end: of the bidirectional energy, with a t: with tied backward predictions
     net: PCNetwork,
 ) -> tuple[AbstractRule, float]: # the rule, and the passes over inner layers between forward pass and weight gradient
-    "The rule of this name, with squared error; output precision 0.1, as in the recipes, and alpha 0.1 with tied backward predictions."
+    "The rule of this name, with squared error and output precision 0.1, as in the recipes."
     if name == "backprop": return Backprop(), 1
-    algorithm, passes = bench_inference(name.removesuffix("b"), net)
-    return PredictiveCoding((BidirectionalEnergy if name.endswith("b") else ForwardEnergy)(output_precision=0.1), algorithm), passes
+    energy = {"b": BidirectionalEnergy, "t": partial(BidirectionalEnergy, backward=Tied())}.get(name[-1:], ForwardEnergy)
+    algorithm, passes = bench_inference(name if energy is ForwardEnergy else name[:-1], net)
+    return PredictiveCoding(energy(output_precision=0.1), algorithm), passes
 
 # %% ../nbs/12_bench.ipynb 16
 def _written_out(closed, *args):

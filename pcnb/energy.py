@@ -129,14 +129,18 @@ class BidirectionalEnergy(AbstractEnergy):
     loss: Callable = SquaredError()                # loss(mu, y) of the output, convex in mu
     precision: float | tuple[float, ...] = 1.0     # p_1 .. p_{L-1}, or one for all
     output_precision: float = 1.0                  # p_L
-    alpha: float | tuple[float, ...] = 0.1         # alpha_1 .. alpha_L, or one for all
-    backward: Callable = Tied()                    # Tied(), Learned() or Anchor()
+    alpha: float | tuple[float, ...] | None = None # alpha_1 .. alpha_L, or one for all; None: 1 / L^2
+    backward: Callable = Anchor()                  # Anchor(), Tied() or Learned()
     difference: bool = True                        # compare changes from the feedforward state
 
     def __check_init__(self):
         _check_weights(self.precision, "precision")
         _check_weights(self.output_precision, "output_precision")
         _check_weights(self.alpha, "alpha")
+
+    def alphas(self, net: PCNetwork) -> tuple[float, ...]: # alpha_1 .. alpha_L
+        "The weight of each backward error; by default as deep as errors reach under an anchor, about 1 / sqrt(alpha) layers."
+        return _per_layer(1 / net.depth**2 if self.alpha is None else self.alpha, net.depth, "alpha")
 
     def backward_errors(self, net, s, ref) -> list: # b_0 .. b_{L-1}
         "What each state's successor says of it, subtracted from the state (or from its change)."
@@ -146,8 +150,7 @@ class BidirectionalEnergy(AbstractEnergy):
         return [v - (ref.x[l - 1] - g(ref.x[l])) for l, (v, g) in enumerate(zip(b, gs), 1)]
 
     def residuals(self, net, s, ref):
-        alphas = _per_layer(self.alpha, net.depth, "alpha")
-        back = [jnp.sqrt(a) * b for a, b in zip(alphas, self.backward_errors(net, s, ref))]
+        back = [jnp.sqrt(a) * b for a, b in zip(self.alphas(net), self.backward_errors(net, s, ref))]
         return list(zip(_forward_residuals(self, net, s), back))
 
     def learning(self, net, s, y, ref):

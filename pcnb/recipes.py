@@ -199,16 +199,16 @@ class EnergySetting:
     """Weight of the squared error of every hidden state."""
     output_precision: float = 0.1
     """Weight of the output's loss."""
-    alpha: float = 0.0
-    """Weight of backward errors, in difference form; 0 leaves the forward energy."""
-    backward: Literal["tied", "anchor", "learned"] = "tied"
+    alpha: float | Literal["auto"] = 0.0
+    """Weight of backward errors, in difference form; 0 leaves the forward energy, auto is one over the square of the number of layers (notebook 01)."""
+    backward: Literal["anchor", "tied", "learned"] = "anchor"
     """Backward predictions, where alpha is not 0; learned ones give the network decoders (notebook 06b)."""
 
     def build(self) -> AbstractEnergy:
         "The energy."
         if self.alpha == 0: return ForwardEnergy(self.build_loss(), self.precision, self.output_precision)
         back = choose("backward", self.backward, {"tied": Tied, "anchor": Anchor, "learned": Learned})()
-        return BidirectionalEnergy(self.build_loss(), self.precision, self.output_precision, self.alpha, back)
+        return BidirectionalEnergy(self.build_loss(), self.precision, self.output_precision, None if self.alpha == "auto" else self.alpha, back)
 
     def equip(self, net: PCNetwork, key) -> PCNetwork:
         "The network with what this energy asks of it: decoders, if backward predictions are learned."
@@ -458,6 +458,7 @@ def from_json(
         return kinds[v["kind"]](**{k: tuple(w) if isinstance(w, list) else w for k, w in v.items() if k != "kind"})
     try: recipe = Recipe(**{k: value(v) for k, v in values.items()})
     except (AttributeError, KeyError, TypeError) as e: raise InputError(f"not a recipe: {e}.") from None
+    if getattr(recipe.energy, "alpha", None) == 0: recipe = dataclasses.replace(recipe, energy=dataclasses.replace(recipe.energy, backward="anchor"))  # of no effect, and recorded under older defaults
     for name in ("network", "inference", "energy", "optimiser", "augment"):
         if not isinstance(getattr(recipe, name), Recipe.__annotations__[name]): raise InputError(f"not a recipe: {name} is {getattr(recipe, name)!r}.")
     return recipe

@@ -224,23 +224,25 @@ def fit(
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
-    callback: Callable | None = None, # callback(step, net) after every weight step; a `Recorder`, for example
-    steps_per_call: int | None = None, # weight steps that one compiled call makes; None: 32, but 1 with a callback, streamed images, or convolutions on a CPU
+    callback: Callable | None = None, # callback(step, net) after every weight step, or after the first and every `callback.every`, where it has that; a `Recorder`, for example
+    steps_per_call: int | None = None, # weight steps that one compiled call makes; a callback ends a call; None: 32 or as many as a callback allows, but 1 with streamed images, or convolutions on a CPU
     progress: bool = True, # show a bar on stderr
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network that does not fit the data, more than one step a call with
-    a callback or streamed images, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
+    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network that does not fit the data, more steps a call than
+    a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
     _check_fit(net, data, scale, epochs, batch_size, label_smoothing)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     n, streamed = len(data.train_labels), isinstance(data.train_images, Records)
-    single = callback is not None or streamed
-    if steps_per_call is None: steps_per_call = 1 if single or not loops_well(lambda image: net(scale(image)), data.train_images[0]) else 32
-    if steps_per_call < 1 or single and steps_per_call > 1: raise InputError(f"steps_per_call is {steps_per_call}; expected at least 1, and 1 with a callback or streamed images.")
+    every = getattr(callback, "every", 1)
+    most = 1 if streamed else None if callback is None else every
+    if steps_per_call is None: steps_per_call = min(most or 32, 32) if loops_well(lambda image: net(scale(image)), data.train_images[0]) else 1
+    if steps_per_call < 1 or most and steps_per_call > most:
+        raise InputError(f"steps_per_call is {steps_per_call}; expected at least 1" + (f", and at most {most} because of the {'streamed images' if streamed else 'callback'}." if most else "."))
     images = jnp.zeros((batch_size, *data.image_shape), data.train_images.dtype) if streamed else jnp.asarray(data.train_images)
     key = jax.random.key(seed)
     fixed = _Fixed(images, jnp.asarray(data.train_labels), scale, jnp.arange(n), jnp.int32(0), key)
@@ -259,9 +261,9 @@ def fit(
     for epoch in range(done, epochs):
         order_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
         fixed = fixed._replace(order=jax.random.permutation(order_key, n), epoch=jnp.int32(epoch), key=augment_key)
-        see = None if callback is None else lambda i, net: callback(epoch * steps + i, net)
+        watch = None if callback is None else _Watch(callback, every, epoch * steps)
         feed = batches(data.train_images, np.asarray(fixed.order), batch_size) if streamed else None
-        net, state, sums, seconds = _epoch(run, fixed, feed, net, state, steps, steps_per_call, f"epoch {epoch + 1}/{epochs}", progress, see)
+        net, state, sums, seconds = _epoch(run, fixed, feed, net, state, steps, steps_per_call, f"epoch {epoch + 1}/{epochs}", progress, watch)
         line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
         if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
         metrics.append(line)
@@ -275,17 +277,31 @@ def fit(
 # %% ../nbs/08_training.ipynb 28
 def _no_metrics(): return Metrics(*(jnp.zeros(()) for _ in Metrics._fields))
 
-def _epoch(run, fixed, feed, net, state, steps, per_call, label, progress, see):
+class _Watch(NamedTuple):
+    "A callback, and the weight steps made before this epoch."
+    callback: Callable
+    every: int
+    before: int
+
+    def next(self, i: int) -> int:
+        "The step of this epoch, after `i` of its steps, at which the callback is due."
+        made = self.before + i
+        return i + (1 if made == 0 else self.every - made % self.every)
+
+def _epoch(run, fixed, feed, net, state, steps, per_call, label, progress, watch):
     "One epoch of steps, their images from `feed` unless it is None; returns the sums of their metrics and the seconds they took."
     start, carry = time.perf_counter(), (net, state, _no_metrics())
     with tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
-        for i in range(0, steps, per_call):
+        i = 0
+        while i < steps:
             if feed is not None: fixed = fixed._replace(images=jnp.asarray(next(feed)))
-            last = min(i + per_call, steps)
+            due = None if watch is None else watch.next(i)
+            last = min(i + per_call, steps, due or steps)
             carry = run((fixed, jnp.int32(i), jnp.int32(last)), carry)
-            if see is not None: see(last, carry[0])
-            if last % 16 == 0 or last == steps: jax.block_until_ready(carry)  # keep the bar honest and the queue short
+            if last == due: watch.callback(watch.before + last, carry[0])
+            if last // 16 > i // 16 or last == steps: jax.block_until_ready(carry)  # keep the bar honest and the queue short
             bar.update(last - i)
+            i = last
     net, state, sums = carry
     return net, state, jax.tree.map(float, sums), time.perf_counter() - start
 

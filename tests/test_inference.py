@@ -10,7 +10,7 @@ import optax
 import pytest
 from hypothesis import given
 
-from pcnb.energy import BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError
+from pcnb.energy import BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError, Tied
 from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep, infer, wave
 from pcnb.models import mlp
 from pcnb.network import InputError, PCNetwork, Skip
@@ -53,7 +53,7 @@ class Oracle:
     def problem(self):
         layer = lambda k: Layer(*map(jnp.asarray, self.edges[k]), identity if self.linear else jnp.tanh)
         net = PCNetwork([layer((l - 1, l)) for l in range(1, self.L + 1)], (self.sizes[0],), [Skip(*k, layer(k)) for k in list(self.edges)[self.L:]])
-        energy = ForwardEnergy(self.loss, self.p, self.p_out) if self.alpha is None else BidirectionalEnergy(self.loss, self.p, self.p_out, self.alpha)
+        energy = ForwardEnergy(self.loss, self.p, self.p_out) if self.alpha is None else BidirectionalEnergy(self.loss, self.p, self.p_out, self.alpha, Tied())
         return net, energy, jnp.asarray(self.x0), jnp.asarray(self.y)
 
     def act(self, x): return x if self.linear else np.tanh(x)

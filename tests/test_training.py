@@ -201,8 +201,11 @@ def test_convolutions_on_a_cpu_make_one_step_a_call(data, monkeypatch):
 
 
 def test_calls_of_several_steps_that_cannot_be(data):
-    for settings in (dict(steps_per_call=0), dict(steps_per_call=2, callback=print)):
-        with pytest.raises(InputError, match=f"steps_per_call is {settings['steps_per_call']}; expected at least 1, and 1 with a callback"):
+    class Every:
+        every = 3
+        def __call__(self, step, net): pass
+    for most, settings in ((".", dict(steps_per_call=0)), (", and at most 1 because of the callback", dict(steps_per_call=2, callback=print)), (", and at most 3 because", dict(steps_per_call=4, callback=Every()))):
+        with pytest.raises(InputError, match=f"steps_per_call is {settings['steps_per_call']}; expected at least 1{most}"):
             fit(tiny(), Backprop(), optax.sgd(0.1), data, 1, 5, progress=False, **settings)
 
 
