@@ -186,17 +186,16 @@ def cnn(
     if len(in_shape) != 3: raise InputError(f"in_shape is {tuple(in_shape)}; a convolutional network takes (height, width, channels).")
     _check_sizes(classes=classes, stride=stride, **{f"channels[{i}]": c for i, c in enumerate(channels)})
     keys, sizes = jax.random.split(key, len(channels) + 1), [in_shape[-1], *channels]
-    # the maximum is taken after the activation, inside the layer's own module; a mean before it
-    pooled = lambda size, build: build(size) if pool is MaxPool or size == 1 else Chain(pool(size), build(1))
+    layer = lambda size, build: build(activation, size, 1.0) if pool is MaxPool or size == 1 else _activated(activation, pool(size), lambda act, gain: build(act, 1, gain))
     layers = [Conv(sizes[0], sizes[1], 5, stride=stride, key=keys[0])]
     side = [-(-n // stride) for n in in_shape[:2]]
     for n, m, k in zip(sizes[1:], sizes[2:], keys[1:]):
         size = 2 if m != n else 1
-        layers.append(pooled(size, lambda window: Conv(n, m, 3, activation, window, key=k)))
+        layers.append(layer(size, lambda act, window, gain: Conv(n, m, 3, act, window, gain=gain, key=k)))
         side = [s // size for s in side]
     side = [s // 2 for s in side]
     if min(side) < 1: raise InputError(f"an image of {in_shape[0]}x{in_shape[1]} is too small for channels {tuple(channels)}: nothing is left after pooling.")
-    layers.append(pooled(2, lambda window: Dense(side[0] * side[1] * sizes[-1], classes, activation, window, output_gain, key=keys[-1])))
+    layers.append(layer(2, lambda act, window, gain: Dense(side[0] * side[1] * sizes[-1], classes, act, window, gain * output_gain, key=keys[-1])))
     return PCNetwork(layers, in_shape)
 
 # %% ../nbs/06_models.ipynb 34
@@ -307,6 +306,14 @@ def _parts(*parts):
     parts = [p for p in parts if p is not None]
     return parts[0] if len(parts) == 1 else Chain(*parts)
 
+def _activated(activation, pool, build):
+    "A layer that pools what the activation leaves, before the module that `build(activation, gain)` makes, which has the scale of one behind the activation."
+    return Chain(activation, pool, build(identity, second_moment(activation) ** -0.5))
+
+def _pooling(pool, size, activation, norm, build):
+    "A layer that pools: a maximum comes first, where it is cheapest; a mean after the activation, since before it, it would be part of one linear map."
+    return _parts(pool(size), norm, build(activation, 1.0)) if pool is MaxPool else _parts(norm, *_activated(activation, pool(size), build).parts)
+
 def _pooled(shape, size):
     "Height and width of an image of `shape` after pooling by `size`."
     h, w = shape[0] // size, shape[1] // size
@@ -340,11 +347,12 @@ def vgg(
     layers, n, side = [], in_shape[-1], in_shape[:2]
     for stage in stages:
         for i, m in enumerate(stage):
-            first = pool(2) if layers and i == 0 else None
-            layers.append(_parts(first, norm(n) if norm and layers else None, conv(n, m, 3, activation if layers else identity, key=next(keys))))
+            build = lambda act, gain, n=n, m=m: conv(n, m, 3, act, gain=gain, key=next(keys))
+            of = norm(n) if norm and layers else None
+            layers.append(build(identity, 1.0) if not layers else _pooling(pool, 2, activation, of, build) if i == 0 else _parts(of, build(activation, 1.0)))
             n = m
         side = _pooled(side, 2)
-    layers.append(_parts(pool(2), norm(n) if norm else None, Dense(side[0] * side[1] * n, classes, activation, 1, output_gain, key=next(keys))))
+    layers.append(_pooling(pool, 2, activation, norm(n) if norm else None, lambda act, gain: Dense(side[0] * side[1] * n, classes, act, 1, gain * output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape)
 
 def vgg5(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 128, *, key: Array, **choices) -> PCNetwork:
@@ -372,11 +380,10 @@ def airnet(
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = layer_norm, # norm(channels) -> a part of a layer
     conv: Callable = Conv, # Conv or StandardisedConv
-    pool: Callable = MaxPool, # MaxPool or AvgPool
     output_gain: float = 0.1, # factor on the output layer's initial weights
     *, key: Array,
 ) -> PCNetwork:
-    """A small fast network in the spirit of airbench: a 2x2 convolution, three blocks of convolution, pooling by 2, convolution, and a dense layer on what a pooling over the rest leaves.
+    """A small fast network in the spirit of airbench: a 2x2 convolution, three blocks of convolution, pooling by 2, convolution, and a dense layer on the maximum over what is left.
 
     Pooling ends a layer, so that no state is larger than what the next layer reads. Raises `InputError` as `vgg`, and for a negative `patch`. Reference: Jordan 2024, arXiv:2404.00498,
     with `norm=None, conv=BatchNormConv` and, for its fixed first layer, `patch=0` on the patches of `whiten` (notebook 07).
@@ -389,8 +396,8 @@ def airnet(
     for i, m in enumerate(widths):
         side = _pooled(side, 2)
         last = min(side) if i + 1 == len(widths) else 1
-        layers.append(_parts(norm(n) if norm and i else None, conv(n, m, 3, activation, key=next(keys)), pool(2)))
-        layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), pool(last) if last > 1 else None))
+        layers.append(_parts(norm(n) if norm and i else None, conv(n, m, 3, activation, key=next(keys)), MaxPool(2)))
+        layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), MaxPool(last) if last > 1 else None))
         n = m
     rest = (side[0] // last) * (side[1] // last) * n
     layers.append(_parts(norm(n) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
@@ -475,12 +482,14 @@ def resnet9(
     """
     _check_image(in_shape, classes=classes)
     keys = iter(jax.random.split(key, 9))
-    layer = lambda n, m, pool=None, gain=1.0: _parts(pool, norm(n) if norm else None, conv(n, m, 3, activation, gain=gain, key=next(keys)))
-    block = lambda n: [layer(n, n), layer(n, n, gain=0.5**0.5)]
+    of = lambda n: norm(n) if norm else None
+    layer = lambda n, gain=1.0: _parts(of(n), conv(n, n, 3, activation, gain=gain, key=next(keys)))
+    pooled = lambda n, m: _pooling(pool, 2, activation, of(n), lambda act, gain: conv(n, m, 3, act, gain=gain, key=next(keys)))
+    block = lambda n: [layer(n), layer(n, 0.5**0.5)]
     (a, b, c, d), last = _stages(width, (1, 2, 4, 8)), min(_pooled(in_shape, 8))
-    layers = [conv(in_shape[-1], a, 3, key=next(keys)), layer(a, b, pool(2)), *block(b), layer(b, c, pool(2)), layer(c, d, pool(2)), *block(d)]
+    layers = [conv(in_shape[-1], a, 3, key=next(keys)), pooled(a, b), *block(b), pooled(b, c), pooled(c, d), *block(d)]
     rest = (in_shape[0] // 8 // last) * (in_shape[1] // 8 // last) * d
-    layers.append(_parts(pool(last), norm(d) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
+    layers.append(_pooling(pool, last, activation, of(d), lambda act, gain: Dense(rest, classes, act, 1, gain * output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, [Skip(2, 4), Skip(6, 8)])
 
 # %% ../nbs/06_models.ipynb 51

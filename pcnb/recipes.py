@@ -101,7 +101,7 @@ class ImageNetworkSetting:
     activation: Activation = "gelu"
     """Nonlinearity, applied to a state before the linear map."""
     pool: Literal["max", "average"] = "max"
-    """What a window of a pooling leaves, in vgg, airnet and resnet9; with the mean, inference comes to its end (notebook 02)."""
+    """What a window of a pooling leaves, in vgg and resnet9; with the mean, inference comes to its end (notebook 02)."""
     arithmetic: Literal["float32", "bfloat16"] = "float32"
     """Type to which convolutions round what they multiply; weights, states and (on a CPU) sums are float32 (notebook 00b)."""
     whiten: bool = False
@@ -113,7 +113,7 @@ class ImageNetworkSetting:
         width = {"width": self.width[0] if len(self.width) == 1 else self.width} if self.width else {}
         first = {"patch": 0} if self.whiten and self.model == "airnet" else {}
         pool = {"pool": choose("pool", self.pool, POOLS)} if self.pool != "max" else {}
-        if pool and self.model in ("resnet18", "wideresnet"): raise InputError(f"pool is {self.pool!r}, but {self.model} halves images by strides; leave the option out, or choose another model.")
+        if pool and not self.model.startswith("vgg") and self.model != "resnet9": raise InputError(f"pool is {self.pool!r}, but {self.model} has no choice of its pooling; leave the option out, or choose vgg5 to vgg10 or resnet9.")
         norm, conv = choose("norm", self.norm, NORMS)
         return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, key=key)
 
