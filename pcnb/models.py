@@ -492,7 +492,7 @@ def resnet9(
     layers.append(_pooling(pool, last, activation, of(d), lambda act, gain: Dense(rest, classes, act, 1, gain * output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, [Skip(2, 4), Skip(6, 8)])
 
-# %% ../nbs/06_models.ipynb 51
+# %% ../nbs/06_models.ipynb 53
 def _kind(module):
     "What a layer or the module of a skip does, in a few words."
     if isinstance(module, Chain): return ", ".join(_kind(p) for p in module.parts)
@@ -517,7 +517,7 @@ def layer_table(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
 
-# %% ../nbs/06_models.ipynb 57
+# %% ../nbs/06_models.ipynb 59
 MODELS = {f.__name__: f for f in (mlp, cnn, airnet, vgg5, vgg7, vgg9, vgg10, resnet9, resnet18, wideresnet)}
 
 def find_model(

@@ -12,8 +12,10 @@ import pcnb.recipes
 from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cutout, Flip, Mixup, Shift, augment_batch
 from pcnb.cli import main
 from pcnb.data import Dataset
+from pcnb.energy import Anchor
+from pcnb.models import mlp
 from pcnb.network import InputError
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, ImageNetworkSetting, MLPSetting, MuonSetting, SGDSetting, from_json, report_figure, to_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, ImageNetworkSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, from_json, report_figure, to_json, train
 from pcnb.training import Mirrored, load_checkpoint
 
 SINCE = ("mnist-best", "mnist-validation")  # made with the options of today
@@ -287,3 +289,19 @@ def test_recipe_builds_what_it_says():
     rule = pcnb.recipes.build_rule(RECIPES["cifar10-cpu"], "pc")
     assert rule.joint and rule.inference.rounding == 2.0**-9  # its products are bfloat16
     assert not pcnb.recipes.build_rule(RECIPES["mnist-cnn"], "pc").joint and pcnb.recipes.build_rule(RECIPES["mnist-cnn"], "pc").inference.rounding is None
+
+
+def test_a_pooling_that_a_network_does_not_have():
+    for model in ("airnet", "resnet18", "wideresnet"):
+        with pytest.raises(InputError, match=f"{model} has no choice of its pooling"): ImageNetworkSetting(model, pool="average").build((32, 32, 3), 10, jax.random.key(0))
+    for setting in (ImageNetworkSetting("vgg5", (8,), pool="middle"), ImageNetworkSetting("resnet9", pool="middle"), CNNSetting(pool="middle")):
+        with pytest.raises(InputError, match="pool 'middle' is unknown"): setting.build((32, 32, 3), 10, jax.random.key(0))
+
+
+def test_alpha_of_itself_and_what_an_alpha_of_zero_leaves_out():
+    "auto is the energy's own default; where there is no backward term its kind does not count, whatever was the default when the run was recorded."
+    net = mlp((3,), 4, 5, 6, key=jax.random.key(0))
+    assert EnergySetting(alpha="auto").build().alphas(net) == (1 / 36,) * 6
+    assert isinstance(EnergySetting(alpha="auto").build().backward, Anchor)
+    recorded = [from_json(to_json(Recipe("digits", MLPSetting(), energy=EnergySetting(alpha=alpha, backward=kind)))) for alpha in (0.0, 0.1) for kind in ("tied", "anchor")]
+    assert recorded[0] == recorded[1] and recorded[2] != recorded[3]
