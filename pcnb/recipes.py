@@ -417,7 +417,7 @@ RECIPES: dict[str, Recipe] = {
     "mnist-mlp16": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=0.03), epochs=3),
     "mnist-mlp16-sgd": Recipe("mnist", MLPSetting(128, 16), energy=EnergySetting(output_precision=1.0), optimiser=SGDSetting(lalr=True), epochs=3),
     "mnist-mlp32-skip": Recipe("mnist", MLPSetting(128, 32, skips=True), energy=EnergySetting(output_precision=0.03), epochs=3),
-    "mnist-mlp128-skip": Recipe("mnist", MLPSetting(128, 128, skips=True), energy=EnergySetting(output_precision=0.003), optimiser=AdamSetting(5e-4), epochs=3),
+    "mnist-mlp128-skip": Recipe("mnist", MLPSetting(128, 128, skips=True, mupc=True), energy=EnergySetting(output_precision=0.003), optimiser=AdamSetting(3e-2), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
     "mnist-best": _fast("mnist", 8, (16, 64, 128), augment=AugmentSetting(pixels=2, degrees=8.0, scale=0.08), whiten=False),
     "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128)), energy=EnergySetting(output_precision=1.0, alpha=0.1, backward="anchor"), epochs=4, train_examples=10_000),
