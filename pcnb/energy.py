@@ -139,7 +139,7 @@ class BidirectionalEnergy(AbstractEnergy):
         _check_weights(self.alpha, "alpha")
 
     def alphas(self, net: PCNetwork) -> tuple[float, ...]: # alpha_1 .. alpha_L
-        "The weight of each backward error; by default as deep as errors reach under an anchor, about 1 / sqrt(alpha) layers."
+        "The weight of each backward error; by default 1 / L^2, under which errors still reach the first layer."
         return _per_layer(1 / net.depth**2 if self.alpha is None else self.alpha, net.depth, "alpha")
 
     def backward_errors(self, net, s, ref) -> list: # b_0 .. b_{L-1}

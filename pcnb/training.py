@@ -224,7 +224,7 @@ def fit(
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
-    callback: Callable | None = None, # callback(step, net) after every weight step, or after the first and every `callback.every`, where it has that; a `Recorder`, for example
+    callback: Callable | None = None, # callback(step, net) after every weight step, or, if it has an attribute `every`, after the first and at each multiple of that; a `Recorder`, for example
     steps_per_call: int | None = None, # weight steps that one compiled call makes; a callback ends a call; None: 32 or as many as a callback allows, but 1 with streamed images, or convolutions on a CPU
     progress: bool = True, # show a bar on stderr
 ) -> Run:
@@ -239,6 +239,7 @@ def fit(
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     n, streamed = len(data.train_labels), isinstance(data.train_images, Records)
     every = getattr(callback, "every", 1)
+    if every < 1: raise InputError(f"the callback's every is {every}; expected at least 1 weight step.")
     most = 1 if streamed else None if callback is None else every
     if steps_per_call is None: steps_per_call = min(most or 32, 32) if loops_well(lambda image: net(scale(image)), data.train_images[0]) else 1
     if steps_per_call < 1 or most and steps_per_call > most:
