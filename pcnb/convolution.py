@@ -26,24 +26,42 @@ def _kernel(w): return w[0], (w[0] + w[1] + w[2]) / 2, (w[0] - w[1] + w[2]) / 2,
 def _output(m): return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
 
 # %% ../nbs/00b_convolution.ipynb 12
+def _tiles(x):
+    "All 4x4 tiles of the padded images, at every second pixel, in Winograd's transform: at [i][j] point i, j of each, (tiles, C)."
+    down, across = -(-x.shape[1] // 2), -(-x.shape[2] // 2)  # tiles of two by two outputs
+    padded = jnp.pad(x, ((0, 0), (1, 2 * down + 1 - x.shape[1]), (1, 2 * across + 1 - x.shape[2]), (0, 0)))
+    rows = _input([padded[:, i:i + 2 * down - 1:2] for i in range(4)])
+    return [[v.reshape(-1, x.shape[-1]) for v in _input([r[:, :, j:j + 2 * across - 1:2] for j in range(4)])] for r in rows]
+
+def _product(a, b, axes, arithmetic, out):
+    "The product of two matrices over these axes, operands rounded to `arithmetic`, sums in the type `out`."
+    return jax.lax.dot_general(a.astype(arithmetic), b.astype(arithmetic), (axes, ((), ())), preferred_element_type=out)
+
 def _winograd(x, w, arithmetic, back):
     "`_general` for a 3x3 kernel, by 2.25 times fewer products; products take operands rounded to `arithmetic`, sums are in the type of `x`."
-    n, height, width, c = x.shape
-    down, across = -(-height // 2), -(-width // 2)  # tiles of two by two outputs
-    padded = jnp.pad(x, ((0, 0), (1, 2 * down + 1 - height), (1, 2 * across + 1 - width), (0, 0)))
-    rows = _input([padded[:, i:i + 2 * down - 1:2] for i in range(4)])
-    tiles = [_input([r[:, :, j:j + 2 * across - 1:2] for j in range(4)]) for r in rows]
+    n, height, width, _ = x.shape
+    down, across = -(-height // 2), -(-width // 2)
     kernels = [_kernel(r) for r in _kernel(w)]
     if back: kernels = [[kernels[i][j] for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
-    def product(v, u):
-        v = v.astype(arithmetic).reshape(-1, c)
-        return jax.lax.dot_general(v, u.astype(arithmetic), (((1,), (int(back),)), ((), ())), preferred_element_type=x.dtype)
-    columns = [_output([product(v, u) for v, u in zip(*both)]) for both in zip(tiles, kernels)]
+    product = lambda v, u: _product(v, u, ((1,), (int(back),)), arithmetic, x.dtype)
+    columns = [_output([product(v, u) for v, u in zip(*both)]) for both in zip(_tiles(x), kernels)]
     parts = [_output([column[j] for column in columns]) for j in range(2)]  # parts[j][i]: output i, j of every tile
     spread = lambda v, i, j: jax.lax.pad(v.reshape(n, down, across, -1), jnp.zeros((), v.dtype), ((0, 0, 0), (i, 1 - i, 1), (j, 1 - j, 1), (0, 0, 0)))
     return sum(spread(parts[j][i], i, j) for i in range(2) for j in range(2))[:, :height, :width]
 
 # %% ../nbs/00b_convolution.ipynb 15
+def _output_transposed(g): return g[0], g[0] + g[1], g[0] - g[1], -g[1]
+def _kernel_transposed(u): return u[0] + (u[1] + u[2]) / 2, (u[1] - u[2]) / 2, (u[1] + u[2]) / 2 + u[3]
+
+def _winograd_gradient(x, g, arithmetic):
+    "The gradient of a 3x3 kernel in `<g, conv(x, w)>`, by 2.25 times fewer products."
+    even = jnp.pad(g, ((0, 0), (0, g.shape[1] % 2), (0, g.shape[2] % 2), (0, 0)))
+    blocks = [_output_transposed([r[:, :, j::2] for j in range(2)]) for r in _output_transposed([even[:, i::2] for i in range(2)])]
+    product = lambda v, m: _product(v, m.reshape(-1, g.shape[-1]), ((0,), (0,)), arithmetic, x.dtype)
+    rows = [jnp.stack(_kernel_transposed([product(v, m) for v, m in zip(*both)])) for both in zip(_tiles(x), blocks)]
+    return jnp.stack(_kernel_transposed(rows))
+
+# %% ../nbs/00b_convolution.ipynb 18
 def _taps(x, g, size, arithmetic):
     "The gradient of a kernel of odd `size` in `<g, conv(x, w)>`, a matrix product for each tap."
     n, height, width, c = x.shape
@@ -58,7 +76,7 @@ def _taps(x, g, size, arithmetic):
     out = jax.lax.scan(tap, None, shifts)[1]
     return (out.swapaxes(1, 2) if d >= c else out).reshape(size, size, c, d)
 
-# %% ../nbs/00b_convolution.ipynb 18
+# %% ../nbs/00b_convolution.ipynb 21
 def _fits(*channels): return not any(c % 32 for c in channels)
 
 def _on_cpu(x, w, arithmetic, back):
@@ -69,8 +87,8 @@ def _kernel_gradient(x, g, size, arithmetic):
     def general(x, g):
         w = jax.ShapeDtypeStruct((size, size, x.shape[-1], g.shape[-1]), x.dtype)
         return jax.linear_transpose(lambda w: _general(x, w, arithmetic, False), w)(g)[0]
-    few = x.shape[1] * x.shape[2] < 64 and arithmetic == x.dtype  # in full precision small images gain nothing
-    fast = general if few else lambda x, g: _taps(x, g, size, arithmetic if _fits(x.shape[-1], g.shape[-1]) else x.dtype)
+    fits = _fits(x.shape[-1], g.shape[-1])
+    def fast(x, g): return _winograd_gradient(x, g, arithmetic) if fits and size == 3 and arithmetic == x.dtype else _taps(x, g, size, arithmetic if fits else x.dtype)
     return jax.lax.platform_dependent(x, g, cpu=fast, default=general)
 
 _conv = Primitive("pcnb_conv")
@@ -92,7 +110,7 @@ def _batched(args, axes, **how):
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0
 batching.primitive_batchers[_conv] = _batched
 
-# %% ../nbs/00b_convolution.ipynb 19
+# %% ../nbs/00b_convolution.ipynb 22
 def conv(
     x: Float[Array, "h w c"], # one image
     w: Float[Array, "k k c d"], # kernel, k odd
