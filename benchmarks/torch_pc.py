@@ -143,7 +143,9 @@ class Layer:
         a, u = self.before(x), u / len(u)
         if not self.conv: return u.T @ flat(a), u.sum(0)
         (top, bottom), (left, right) = self._pads(a.shape)
-        return torch.nn.grad.conv2d_weight(F.pad(a, (left, right, top, bottom)), self.weight.shape, u, self.stride), u.sum((0, 2, 3))
+        even = (top, left) == (bottom, right)
+        if not even: a = F.pad(a, (left, right, top, bottom))
+        return torch.nn.grad.conv2d_weight(a, self.weight.shape, u, self.stride, (top, left) if even else 0), u.sum((0, 2, 3))
 
 
 class Network:
@@ -165,11 +167,11 @@ class Network:
 
     def parameters(self): return [p for f in self.layers for p in (f.weight, f.bias)]
 
-    def forward(self, x, eps=None):
-        "States 0 to L from the input and the hidden errors (None: zero)."
+    def forward(self, x, eps=None, first=None):
+        "States 0 to L from the input and the hidden errors (None: zero). `first`: the prediction of state 1, where it is known, since the input stays."
         states = [x]
         for i in range(len(self.layers)):
-            mu = self.predict(i, states)
+            mu = first if i == 0 and first is not None else self.predict(i, states)
             states.append(mu + eps[i] if eps is not None and i < len(self.layers) - 1 else mu)
         return states
 
@@ -200,12 +202,12 @@ class NewtonSteps(Inference):
 
     def energy(self, states, eps, y): return 0.5 * dot(eps, eps) + 0.5 * self.p * ((states[-1] - y) ** 2).sum(1)
 
-    def _trial(self, x, y, eps, d, t):
+    def _trial(self, x, y, first, eps, d, t):
         eps = axpy(t, d, eps)
-        states = self.net.forward(x, eps)
+        states = self.net.forward(x, eps, first)
         return states, eps, self.energy(states, eps, y)
 
-    def _direction(self, x, y, states, eps):
+    def _direction(self, x, y, first, states, eps):
         "The solution of `k` iterations, its slope, the energy here, and the trial at the full step."
         net, n = self.net, len(eps)
         factors = [None, *(f.linearise(x) for f, x in zip(net.layers[1:], states[1:-1]))]
@@ -245,23 +247,23 @@ class NewtonSteps(Inference):
         slope = -(d[0] * bb + inner(d[1], Ab))
         direction = [scaled(d[0], v) for v in b]
         for share, m in zip(d[3], parts): direction = axpy(share, m, direction)
-        return direction, slope, self.energy(states, eps, y), *self._trial(x, y, eps, direction, one)
+        return direction, slope, self.energy(states, eps, y), *self._trial(x, y, first, eps, direction, one)
 
     def __call__(self, x, y):
         states = self.start(x)
-        eps, out = [torch.zeros_like(s) for s in states[1:-1]], states[-1]
+        eps, out, first = [torch.zeros_like(s) for s in states[1:-1]], states[-1], states[1]
         for _ in range(self.algorithm.steps):
-            d, slope, e, new_states, new_eps, new = self.direction(x, y, states, eps)
+            d, slope, e, new_states, new_eps, new = self.direction(x, y, first, states, eps)
             noise, t, k = 8 * torch.finfo(e.dtype).eps * e.abs(), torch.ones_like(e), 1
             ceiling = e + noise
             while k <= self.algorithm.backtracks and bool((again := ~(new <= ceiling) & (-slope * t > noise)).any()):
                 parabola = -slope * t * t / (2 * (new - e - slope * t))
                 shorter = torch.where(torch.isfinite(parabola), torch.clamp(parabola, 0.1 * t, 0.5 * t), 0.1 * t)
                 t, k = torch.where(again, shorter, t), k + 1
-                new_states, new_eps, new = self.trial(x, y, eps, d, t)
+                new_states, new_eps, new = self.trial(x, y, first, eps, d, t)
             if bool((rises := ~(new <= ceiling)).any()):  # given up: these stay where they are
                 keep = torch.where(rises, 0.0, t)
-                new_states, new_eps, _ = self.trial(x, y, eps, d, keep)
+                new_states, new_eps, _ = self.trial(x, y, first, eps, d, keep)
             states, eps = new_states, new_eps
         return out, states, eps
 
@@ -275,26 +277,26 @@ class StateSteps(Inference):
 
     def __call__(self, x, y): return self.all(x, y)
 
-    def _errors(self, states, eps, which):
-        "Errors of the hidden states `which`, counted from 0, after the states have moved."
-        return [states[i + 1] - self.net.predict(i, states) if i in which else e for i, e in enumerate(eps)]
+    def _errors(self, states, eps, which, first):
+        "Errors of the hidden states `which`, counted from 0, after the states have moved; `first` is the prediction of the first, which never changes."
+        return [states[i + 1] - (self.net.predict(i, states) if i else first) if i in which else e for i, e in enumerate(eps)]
 
     def _steps(self, x, y):
         net, states = self.net, self.net.forward(x)
-        out, n, rate = states[-1], len(net.layers) - 1, 0.1
+        out, first, n, rate = states[-1], states[1], len(net.layers) - 1, 0.1
         eps = [torch.zeros_like(s) for s in states[1:-1]]
         for t in range(1, self.algorithm.steps + 1):
             active = [i for i in range(n) if net.waves[i] <= t]  # hidden state i is states[i + 1]
             errors = [None, *eps, self.p * (y - states[-1])]     # of the states
             moved = {i + 1: states[i + 1] - rate * (eps[i] - net.pull(i + 1, net.layers[i + 1].linearise(states[i + 1]), errors)) for i in active}
             states = [moved.get(i, s) for i, s in enumerate(states)]
-            eps = self._errors(states, eps, {i for i in range(n) if {i, i + 1, *net.into[i]} & set(moved)})
+            eps = self._errors(states, eps, {i for i in range(n) if {i, i + 1, *net.into[i]} & set(moved)}, first)
             states[-1] = net.predict(n, states)
         return out, states, eps
 
     def _sweeps(self, x, y):
         net, states = self.net, self.net.forward(x)
-        out, n = states[-1], len(net.layers) - 1
+        out, first, n = states[-1], states[1], len(net.layers) - 1
         eps = [torch.zeros_like(s) for s in states[1:-1]]
         for _ in range(self.algorithm.sweeps):
             errors = [None, *eps, self.p * (y - states[-1])]
@@ -303,7 +305,7 @@ class StateSteps(Inference):
                 for k in net.out_of[i + 1]: errors[k] = self.p * (y - net.predict(n, states)) if k > n else states[k] - net.predict(k - 1, states)  # moved by states between
                 step = self.algorithm.rate * (eps[i] - net.pull(i + 1, net.layers[i + 1].linearise(s), errors))
                 states[i + 1], errors[i + 1] = s - step, eps[i] - step
-            eps = self._errors(states, eps, set(range(n)))
+            eps = self._errors(states, eps, set(range(n)), first)
             states[-1] = net.predict(n, states)
         return out, states, eps
 

@@ -83,7 +83,8 @@ def bench_inference(
 ) -> tuple[AbstractInference, float]: # the algorithm, and the passes over inner layers that it needs at least
     "The algorithm of this name. Raises `InputError` for another name."
     for pattern, build in _ALGORITHMS.items():
-        if found := re.fullmatch(pattern, name): return build(net, *(int(n) for n in found.groups() if n))
+        numbers = [int(n) for n in found.groups() if n] if (found := re.fullmatch(pattern, name)) else [0]
+        if all(numbers): return build(net, *numbers)
     raise InputError(f"inference {name!r} is unknown; expected a name like gn1x2, gd8, ed8 or sweep.")
 
 def bench_rule(
@@ -98,12 +99,15 @@ def bench_rule(
 
 # %% ../nbs/12_bench.ipynb 16
 def _written_out(closed, *args):
-    "Evaluate a jaxpr: a scan as a sequence of steps, a while loop as one whose condition fails at once."
+    "Evaluate a jaxpr: a scan as a sequence of steps, a while loop as one whose condition fails at once, a choice by platform as this platform's."
     env = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *args]))
     for eqn in closed.jaxpr.eqns:
         values, p = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars], eqn.params
         inner = next((v for v in p.values() if isinstance(v, ClosedJaxpr)), None)
-        if eqn.primitive.name == "while": out = values[p["cond_nconsts"] + p["body_nconsts"]:]
+        if eqn.primitive.name == "while": out = jax.lax.optimization_barrier(values[p["cond_nconsts"] + p["body_nconsts"]:])  # nothing is shared across the loop
+        elif p.get("branches_platforms"):
+            own = next(i for i, platforms in enumerate(p["branches_platforms"]) if platforms is None or jax.default_backend() in platforms)
+            out = _written_out(p["branches"][own], *values[1:])
         elif eqn.primitive.name == "scan": out = _scan_written_out(values, **p)
         elif inner is not None: out = _written_out(inner, *values)  # a jitted function, a custom derivative
         else:
@@ -134,21 +138,25 @@ class Work(NamedTuple):
     "Floating-point operations of a network on a batch."
     forward: float   # F: all layers
     inner: float     # R: without the first layer
+    learning: float  # W: the gradients of all weights, from the states and what arrives at each prediction
 
     def least(self, inner_passes: float) -> float:
         "Operations of a step: the feedforward pass, `inner_passes` over the inner layers, and the weight gradient."
-        return 2 * self.forward + inner_passes * self.inner
+        return self.forward + inner_passes * self.inner + self.learning
 
 def count_work(
     net: PCNetwork,
     batch_size: int,
 ) -> Work:
-    "Count a pass over all layers and over all but the first."
+    "Count a pass over all layers, one over all but the first, and the gradients of the weights."
     params, static = eqx.partition(net, eqx.is_array)
-    def count(take):
-        return count_flops(lambda p, x: jax.vmap(take(eqx.combine(p, static)))(x), params, jax.ShapeDtypeStruct((batch_size, *net.shapes[0]), jnp.float32))
+    states = [jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32) for shape in net.shapes]
+    def count(take): return count_flops(lambda p, x: jax.vmap(take(eqx.combine(p, static)))(x), params, states[0])
+    def gradients(p, x, g):
+        predictions = lambda p: [jax.vmap(lambda *x: eqx.combine(p, static).predict(l, x))(*x) for l in range(1, net.depth + 1)]
+        return jax.vjp(predictions, p)[1](g)
     forward = count(lambda net: net)
-    return Work(forward, forward - count(lambda net: net.layers[0]))
+    return Work(forward, forward - count(lambda net: net.layers[0]), count_flops(gradients, params, states, states[1:]))
 
 # %% ../nbs/12_bench.ipynb 24
 class Program(NamedTuple):
@@ -299,7 +307,7 @@ class Contestant(NamedTuple):
     "One way to compute a case."
     framework: str                     # who computes
     step: Callable[[int], None]        # does so many training steps on the case's batch, and waits for them
-    epoch: Callable[[], float] | None  # trains for an epoch and scores the test part; seconds to leave out, those of compiling
+    epoch: Callable[[], float] | None  # trains for an epoch and scores the test part, warm; seconds to leave out, those of compiling and warming up
     facts: dict                        # what else the table shows: compile_seconds, flops, memory, difference
 
 def contestant(
@@ -313,7 +321,7 @@ def contestant(
         weights[0], loss = program.run(weights[0], case.x, case.y, rate, n)
         jax.block_until_ready((weights[0], loss))
     def epoch():
-        return fit(case.net, case.rule, optax.sgd(1e-3), case.data, 1, len(case.x), augment=case.augment, scale=scale, diagnose_examples=0, progress=False).compile_seconds
+        return fit(case.net, case.rule, optax.sgd(1e-3), case.data, 2, len(case.x), augment=case.augment, scale=scale, diagnose_examples=0, progress=False).metrics[0]["elapsed"]
     return Contestant("pcnb", step, epoch, dict(compile_seconds=program.compile_seconds, flops=program.flops, memory=program.memory, difference=off))
 
 def matmul_peak(
@@ -369,6 +377,9 @@ def bench(
     """
     for name, n, low in (("repetitions", repetitions, 1), ("epoch_repetitions", epoch_repetitions, 1), ("epoch_examples", epoch_examples, 0), *(("batch_sizes", b, 1) for b in batch_sizes)):
         if n < low: raise InputError(f"{name} is {n}; expected at least {low}.")
+    for name, given in (("networks", networks), ("batch_sizes", batch_sizes)):
+        if not given: raise InputError(f"{name} is empty; give at least one.")
+    if len({n.startswith("mlp") for n in networks}) > 1: raise InputError(f"networks is {' '.join(networks)}; convolutions need memory that is kept, which slows perceptrons down (notebook 08b): measure them in a run of their own.")
     if epoch_examples and epoch_examples < max(batch_sizes): raise InputError(f"epoch_examples is {epoch_examples}; expected 0, or at least the batch size {max(batch_sizes)}.")
     nets = {name: bench_network(name) for name in networks}
     names = list(dict.fromkeys(["backprop", *inference]))
@@ -448,7 +459,7 @@ class Bench:
 
     Each step is checked before it is timed, and all take turns. Another framework joins by a Python file with a function `opponents(case)`, for example benchmarks/torch_pc.py.
     """
-    networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}.")] = ("mlp3", "cnn")
+    networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}.")] = ("mlp3",)
     batch_sizes: Annotated[tuple[int, ...], arg(help="Examples a step.")] = (128,)
     inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep; gn1x2b: with the bidirectional energy.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")
     repetitions: Annotated[int, arg(help="Of a step.")] = 7
@@ -464,10 +475,10 @@ class Bench:
         if self.out.exists() and not self.overwrite: raise InputError(f"{self.out} exists; use --overwrite to replace it, or another file.")
         if not all(name.startswith("mlp") for name in self.networks): keep_memory()
         result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(*self.against), partial(print, flush=True))
+        print(bench_table(result))
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _write_json(self.out, result)
         bench_figure(result).savefig(self.out.with_suffix(".png"), dpi=120)
-        print(bench_table(result))
 
 def load_opponents(
     *paths: Path, # Python files

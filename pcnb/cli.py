@@ -35,7 +35,8 @@ def _short(page):
     rows = [re.sub(r"\x1b\[[\d;]*m", "", row).strip("│╰╯ ") for row in page.splitlines()[1:]]  # without the title
     sections = "\n".join("\0" if set(row) <= set("─-") else row for row in rows).split("\0")
     wrong, *others = [" ".join(section.split()) for section in sections if section.strip()]
-    near = [line.split()[0] for s in sections if s.strip().startswith("Perhaps") for line in s.splitlines() if line.startswith("--")]
+    near = [line.split()[0].rstrip(",") for s in sections if s.strip().startswith("Perhaps") for line in s.splitlines() if line.startswith("--")]
+    if any(re.search(rf"{re.escape(n)}(?![\w-])", wrong) for n in near): near = []  # the option is known, to another inference or optimiser than is chosen
     known = [s for s in others if s.startswith("Available") and " --" not in wrong]
     return wrong.rstrip(".") + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ". " + known[0] + "." if known else ".")
 
@@ -105,6 +106,7 @@ def _table(runs):
     for key in ("relative_residual", "energy_ratio", "sensitivity"):
         silent = lambda s: s["rule"] == "backprop" and key != "sensitivity"
         rows.append([key.replace("_", " "), *("-" if silent(s) else f"{s[key]:.4g}" for s in runs.values())])
+    if any(s["energy_ratio"] > 1 for s in runs.values()): rows.append(["! inference raised the energy: its rate is too large", *("" for _ in runs)])
     rows.append(["seconds per epoch", *(f"{s['seconds_per_epoch']:.2f}" for s in runs.values())])
     rows.append(["run", *map(str, runs)])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -133,7 +135,10 @@ class Models:
         build = lambda name: find_model(name)(self.shape, self.classes, key=jax.random.key(0))
         if self.name is not None: return print(layer_table(build(self.name)))
         for name in MODELS:
-            net = eqx.filter_eval_shape(build, name)  # shapes only
+            try: net = eqx.filter_eval_shape(build, name)  # shapes only
+            except InputError as e:
+                print(f"{name:12} {e}")
+                continue
             print(f"{name:12} {net.depth:3} layers, {len(net.skips):2} skips, {sum(p.size for p in jax.tree.leaves(net)):>12,} weights")
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def _kind(setting): return re.sub("(?<=[a-z])(?=[A-Z])", "-", type(setting).__na
 class Plan:
     """Train the runs of a plan one after the other, and compare them.
 
-    A plan is a text file with a line for each run, NAME RECIPE [options], the options being those of `pcnb train`; # begins a comment. Finished runs are left as they are, a stopped one goes on, and one that diverges does not stop the others.
+    A plan is a text file with a line for each run, NAME RECIPE [options], the options being those of `pcnb train`; # begins a comment. Finished runs are left as they are, a stopped one goes on, and one that diverges or is refused does not stop the others.
     """
     plan: Positional[Annotated[Path, arg(metavar="FILE", help="The text file.")]]
     out: Annotated[Path | None, arg(metavar="FOLDER", help="Run NAME goes to FOLDER/NAME; None: runs/ and the file's name.")] = None
@@ -194,18 +199,21 @@ class Plan:
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only results.")]] = False
 
     def __call__(self):
-        "Train, and print a table of all finished runs. Raises `InputError` for a line that is no run, and for a folder with a run of other settings, before anything is trained; else what `pcnb.recipes.train` raises."
+        "Train, and print a table of all finished runs. Raises `InputError` for a line that is no run, and for a folder with a run of other settings, before anything is trained, and for runs that were refused at the end."
         out = self.out or Path("runs", self.plan.stem)
         runs = {out / name: run for name, run in _planned(self.plan).items() if name.startswith(self.only)}
         if not runs: raise InputError(f"{self.plan} has no run whose name begins with {self.only!r}.")
+        refused = {}
         for folder, run in runs.items(): _check_same(folder, run)
         for folder, run in runs.items():
             if all((f / "summary.json").exists() for f in (folder, folder / "twin")[:1 + (run.twin and run.rule != "backprop")]): continue
             begun = (folder / "checkpoint.eqx").exists()
             try: replace(run, out=folder, data_dir=self.data_dir, quiet=self.quiet, resume=begun, overwrite=not begun)()
             except Diverged as e: print(f"pcnb: {folder}: {e}", file=sys.stderr)
+            except InputError as e: refused[str(folder)] = e
         finished = [folder for folder in runs if (folder / "summary.json").exists()]
         if finished: print(report(finished))
+        if refused: raise InputError("; ".join(f"{folder} was not trained: {e}" for folder, e in refused.items()))
 
 # %% ../nbs/11_cli.ipynb 17
 def _training(args):

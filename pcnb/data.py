@@ -7,7 +7,7 @@ __all__ = ['SETS', 'Records', 'Dataset', 'ImageSet', 'read_idx', 'read_cifar', '
            'describe', 'Scale', 'Whiten', 'whiten']
 
 # %% ../nbs/07_data.ipynb 2
-import functools, gzip, hashlib, http.client, io, json, os, shutil, struct, tarfile, tempfile, urllib.request, zipfile, zlib
+import functools, gzip, hashlib, http.client, importlib, io, json, os, shutil, struct, tarfile, tempfile, urllib.request, zipfile, zlib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
@@ -204,9 +204,10 @@ def read_jpeg(
     height: int, # that it must have
     width: int, # that it must have
 ) -> np.ndarray: # (height, width, 3), uint8
-    "Read a JPEG file; `InputError` if it is truncated, damaged, of another size or not JPEG."
+    "Read a JPEG file; `InputError` if it is missing, truncated, damaged in its structure, of another size or not JPEG. Damaged pixels only a checksum shows."
     from PIL import Image, UnidentifiedImageError
-    raw = Path(path).read_bytes()
+    try: raw = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError): raise InputError(f"{path} is missing; the set is not complete, get it again.") from None
     try:
         image = Image.open(io.BytesIO(raw), formats=("JPEG",))
         if image.size != (width, height): raise InputError(f"{path} is {image.size[1]}x{image.size[0]} (height x width), but must be {height}x{width}; is it of another set?")
@@ -340,12 +341,15 @@ SETS["tiny_imagenet_subset"] = replace(SETS["tiny_imagenet"], name="tiny_imagene
     classes=0, n_train=0, n_test=0, files={}, files_of="tiny_imagenet")
 
 # %% ../nbs/07_data.ipynb 36
+def _package(name, what):
+    "A package that is not needed to import pcnb or to train from prepared arrays."
+    try: return importlib.import_module(name)
+    except ModuleNotFoundError as e: raise InputError(f"{what} needs the package {e.name}; install tensorflow-datasets, importlib_resources, array_record and grain.") from None
+
 @functools.cache
 def _builder_class():
     "The TFDS builder of arrays in memory; made on first use, as TFDS must not be imported before."
-    try: import tensorflow_datasets as tfds
-    except ModuleNotFoundError as e:
-        raise InputError(f"Preparing an image set needs the package {e.name}; install tensorflow-datasets, importlib_resources and array_record.") from None
+    tfds = _package("tensorflow_datasets", "Preparing an image set")
 
     class PcnbImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         "The parts of a `Dataset` as records, in their order."
@@ -386,7 +390,7 @@ def _through_tfds(data, entry, folder, downloads):
 # %% ../nbs/07_data.ipynb 37
 def _records(folder, labels):
     "The images in the records of `folder`, by part, as many as there are `labels`."
-    import tensorflow_datasets as tfds
+    tfds = _package("tensorflow_datasets", "Streaming an image set")
     builder = tfds.builder_from_directory(folder / "tfds" / "pcnb_images" / "1.0.0")
     found = {f"{part}_images": Records(builder.as_data_source(part)) for part in ("train", "test")}
     for name, images in found.items():
@@ -483,6 +487,7 @@ def _read_prepared(entry, folder, stream):
         classes = {} if isinstance(entry.classes, tuple) else {"classes": tuple(source.pop("classes"))}
         with np.load(arrays) as arrays: held = {name: arrays[name] for name in arrays if not stream or name.endswith("_labels")}
         return held | (_records(folder, held) if stream else {}) | classes, source
+    except PermissionError as e: raise InputError(f"{e.filename} cannot be read ({e.strerror}); make it readable, or name another folder by `data_dir` or $PCNB_DATA.") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"The prepared copy of {entry.name} in {folder} cannot be trusted ({e}). Delete this folder and load {entry.name} again.") from None
 
@@ -516,7 +521,7 @@ def batches(
     batch_size: int,
 ) -> Iterator[np.ndarray]: # (batch_size, H, W, C); what does not fill a batch is left out
     "The images in this order, batch by batch, read ahead by Grain."
-    import grain
+    grain = _package("grain", "Streaming an image set")
     read = lambda i: images[order[i * batch_size:(i + 1) * batch_size]]
     return iter(grain.MapDataset.range(len(order) // batch_size).map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 

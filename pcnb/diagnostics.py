@@ -48,11 +48,15 @@ class Diagnosis(NamedTuple):
 @eqx.filter_jit
 def diagnose(
     net: PCNetwork,
-    rule: AbstractRule,
+    rule: AbstractRule, # backpropagation's loss is its energy's
     x: Float[Array, "batch ..."],
-    y: Float[Array, "batch classes"],
+    y: Float[Array, "batch classes"], # one-hot targets
 ) -> Diagnosis:
-    "Compare a rule's gradient with backpropagation's on one batch, and say how far inference came."
+    """Compare a rule's gradient with backpropagation's on one batch, and say how far inference came.
+
+    Of centred predictive coding the inference is that of its positive phase, of the incremental form that with the weights held. The sensitivity's sign vectors
+    are those of `key(0)`. Raises `InputError` for targets that do not fit the output.
+    """
     loss = rule.loss if isinstance(rule, Backprop) else rule.energy.loss
     gradient, twin = rule.gradient(net, x, y)[0], Backprop(loss).gradient(net, x, y)[0]
     norms = jnp.stack([jnp.sqrt(sum(jnp.sum(p ** 2) for p in jax.tree.leaves(eqx.filter(f, eqx.is_inexact_array)))) for f in gradient.layers])
@@ -117,7 +121,8 @@ LAYER_QUANTITIES = {"energy": "energy (nats)", "error_norm": "error norm", "stat
 def layer_figures(
     records: list[dict], # of a Recorder, or the lines of a run's metrics.jsonl
 ) -> dict: # name -> matplotlib figure: layer_maps and layer_curves
-    "Energy, error norm, state change, gradient norm and cosine by layer, as maps over training and as curves at its end. Needs matplotlib."
+    "Energy, error norm, state change, gradient norm and cosine by layer, as maps over training and as curves at its end. Needs matplotlib. Raises `InputError` for no records."
+    if not records: raise InputError("there are no records to draw; expected those of a Recorder, or the lines of a metrics.jsonl.")
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     maps, curves = (Figure(figsize=(13, 2.8), layout="constrained") for _ in range(2))
@@ -136,6 +141,7 @@ def layer_figures(
         a.set(xlabel="weight step" if key == "step" else "epoch", ylabel="layer", title=label)
         b.plot(range(1, len(values) + 1), values[:, -1], "o-", ms=3)
         b.set(xlabel="layer", ylabel=label)
+        for axis in (a.xaxis, a.yaxis, b.xaxis): axis.get_major_locator().set_params(integer=True)
         if logarithmic: b.set_yscale("log")
     return {"layer_maps": maps, "layer_curves": curves}
 

@@ -17,26 +17,33 @@ from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, States
 
 # %% ../nbs/01_energy.ipynb 9
+def _check_target(mu, y):
+    if jnp.shape(mu) != jnp.shape(y):
+        raise InputError(f"the target has shape {jnp.shape(y)}; the output of one example has shape {jnp.shape(mu)}. For a class, use jax.nn.one_hot(label, {jnp.size(mu)}).")
+
 class SquaredError(eqx.Module):
-    "Half the squared distance, `1/2 |mu - y|^2`: a Gaussian output of unit precision."
+    "Half the squared distance, `1/2 |mu - y|^2`: a Gaussian output of unit precision. Raises `InputError` for a target of another shape."
     def __call__(self, mu: Float[Array, "n"], y: Float[Array, "n"]) -> Float[Array, ""]: # nats
+        _check_target(mu, y)
         return 0.5 * jnp.sum((mu - y) ** 2)
 
 class CrossEntropy(eqx.Module):
-    "Cross-entropy of the target probabilities `y` and `softmax(mu)`."
+    "Cross-entropy of the target probabilities `y` and `softmax(mu)`. Raises `InputError` for a target of another shape."
     def __call__(self, mu: Float[Array, "n"], y: Float[Array, "n"]) -> Float[Array, ""]: # nats
+        _check_target(mu, y)
         return optax.softmax_cross_entropy(mu, y)
 
 # %% ../nbs/01_energy.ipynb 12
 def _per_layer(value, n, name):
     "One number for all layers, or one a layer, as a tuple of `n`."
+    if getattr(value, "ndim", 0): value = list(value)
     if not isinstance(value, tuple | list): value = (value,) * n
     if len(value) != n: raise InputError(f"{name} has {len(value)} values; expected one number or {n}, one a layer.")
     return tuple(value)
 
 def _check_weights(value, name):
     for v in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(v, int | float) and not v >= 0: raise InputError(f"{name} is {v}; expected a number >= 0.")
+        if isinstance(v, int | float) and not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
 
 # %% ../nbs/01_energy.ipynb 13
 class AbstractEnergy(eqx.Module):
@@ -108,9 +115,9 @@ class Anchor(eqx.Module):
         return lambda x: jnp.zeros_like(ref.x[l - 1])
 
 class Tied(eqx.Module):
-    "Backward prediction by the transposed Jacobian of layer `l` at the feedforward state; no weights of its own."
+    "Backward prediction by the transposed Jacobian of the prediction of state `l` in state `l - 1`, skips from there included, at the feedforward state; no weights of its own."
     def __call__(self, net: PCNetwork, l: int, ref: States) -> Callable: # x_l -> nu_{l-1}
-        return lambda x: jax.vjp(net.layers[l - 1], ref.x[l - 1])[1](x)[0]
+        return lambda x: jax.vjp(lambda below: net.predict(l, [*ref.x[:l - 1], below]), ref.x[l - 1])[1](x)[0]
 
 class Learned(eqx.Module):
     "Backward prediction by the network's own decoder `g_l`. Raises `InputError` if the network has none."

@@ -31,9 +31,9 @@ class Problem(eqx.Module):
         "The states and errors with these hidden states."
         return self.net.from_states(self.ref.x[0], hidden)
 
-    def at_errors(self, eps: list) -> States: # one pass
-        "The states and errors with these hidden errors."
-        return self.net.from_errors(self.ref.x[0], eps)
+    def at_errors(self, eps: list, known: list | None = None) -> States: # one pass
+        "The states and errors with these hidden errors; `known` as of `PCNetwork.from_errors`."
+        return self.net.from_errors(self.ref.x[0], eps, known)
 
     def by_layer(self, s: States) -> Float[Array, "L"]: # nats
         "The energy at `s`, by layer."
@@ -105,7 +105,7 @@ def _ratio(a, b):
 
 def _check(**values):
     for name, v in values.items():
-        if isinstance(v, int | float) and not v >= 0: raise InputError(f"{name} is {v}; expected a number >= 0.")
+        if isinstance(v, int | float) and not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
 
 # %% ../nbs/02_inference.ipynb 16
 class BatchProblem(Problem):
@@ -114,7 +114,7 @@ class BatchProblem(Problem):
 
     def at_states(self, hidden): return self._each(self.net.from_states, self.ref.x[0], hidden)
 
-    def at_errors(self, eps): return self._each(self.net.from_errors, self.ref.x[0], eps)
+    def at_errors(self, eps, known=None): return self._each(self.net.from_errors, self.ref.x[0], eps, known)
 
     def by_layer(self, s): # one row an example
         return self._each(lambda s, y, ref: layer_energies(self.energy, self.net, s, y, ref), s, self.y, self.ref)
@@ -157,10 +157,12 @@ def wave(
     return tuple(first[l] for l in range(1, net.depth))
 
 # %% ../nbs/02_inference.ipynb 23
+_WRITTEN_OUT = 8  # steps of the wave that are compiled one by one; the program grows with their square
+
 class GradientDescent(AbstractInference):
     """Gradient descent on all hidden states at once, with any Optax transformation as its stepper.
 
-    `wavefront` leaves out gradients that are zero because the error has not arrived yet. That is exact for energies that are at rest
+    `wavefront` leaves out, in the first eight steps, gradients that are zero because the error has not arrived yet. That is exact for energies that are at rest
     at the feedforward state (forward, and difference form) and steppers that keep zero at zero (not with weight decay or noise).
     Raises `InputError` for negative steps or tolerance, the wave with an energy in plain form, or a tolerance beside a schedule. Source: Whittington and
     Bogacz, 2017, eq. 2.16; schedules in notebook 02b.
@@ -179,7 +181,7 @@ class GradientDescent(AbstractInference):
         hidden, n = problem.ref.hidden, len(problem.ref.hidden)
         waves = wave(problem.net) if self._rides(problem.energy) else (1,) * n
         carry, passes = (hidden, self.stepper.init(hidden)), 0.0
-        early = min(self.steps, max(waves, default=1) - 1)
+        early = min(self.steps, max(waves, default=1) - 1, _WRITTEN_OUT)
         for t in range(1, early + 1):
             active = [i for i in range(n) if waves[i] <= t]
             carry, passes = self._step(carry, self._gradient(self._at(problem, t), carry[0], active)), passes + (2 * len(active) + 1) / (n + 1)
@@ -221,7 +223,7 @@ class Sweep(AbstractInference):
     Raises `InputError` for negative sweeps or rate. Cost as if each step took the two layers that meet at a state: 3 passes a sweep.
     """
     sweeps: int = 1     # how often
-    rate: float = 1.0   # step size
+    rate: float = 1.0   # step size; 1 with held predictions gives backpropagation's errors (notebook 05), in deep networks the states need less
 
     def __check_init__(self): _check(sweeps=self.sweeps, rate=self.rate)
 
@@ -262,11 +264,11 @@ def _whitened(problem):
     for p in precisions:
         if isinstance(p, int | float) and p <= 0: raise InputError(f"Gauss-Newton and LBFGS need precisions > 0; got {p}.")
     scale = [jnp.sqrt(p) for p in precisions]
-    return lambda eps: [w * e for w, e in zip(scale, eps)], lambda z: problem.at_errors([v / w for w, v in zip(scale, z)])
+    return lambda eps: [w * e for w, e in zip(scale, eps)], lambda z, known=None: problem.at_errors([v / w for w, v in zip(scale, z)], known)
 
-def _linearised(problem, at, z):
-    "Residuals `r`, output's slope, the map `J` from a change of `z` to theirs, and the loss's Hessian `H` in the output."
-    (r, out), J = jax.linearize(lambda z: (lambda s: (problem.residuals(s), s.x[-1]))(at(z)), z)
+def _linearised(problem, at, z, s):
+    "Residuals `r`, output's slope, the map `J` from a change of `z` to theirs, and the loss's Hessian `H` in the output; `s` are the states at `z`."
+    (r, out), J = jax.linearize(lambda z: (lambda s: (problem.residuals(s), s.x[-1]))(at(z, s.x)), z)
     slope = jax.grad(problem.output)
     return r, slope(out), J, lambda v: jax.jvp(slope, (out,), (v,))[1]
 
@@ -353,18 +355,18 @@ class GaussNewton(AbstractInference):
     def _step(self, problem, s, e, passes):
         whiten, at = _whitened(problem)
         z = whiten(s.eps)
-        d, slope, cost = (self._exact_direction if self.exact else self._direction)(problem, at, z)
+        d, slope, cost = (self._exact_direction if self.exact else self._direction)(problem, at, z, s)
         trial = lambda t: (lambda s: (s, problem.total(s)))(at(_axpy(t, d, z)))
         s, e, tries = _guarded(trial, s, e, slope, self)
         return s, e, passes + 1 + cost + tries
 
-    def _exact_direction(self, problem, at, z):
-        g, Hv = jax.linearize(jax.grad(lambda z: problem.total(at(z))), z)
+    def _exact_direction(self, problem, at, z, s):
+        g, Hv = jax.linearize(jax.grad(lambda z: problem.total(at(z, s.x))), z)
         d = _truncated_newton(Hv, jax.tree.map(jnp.negative, g), self.cg_steps)
         return d, _dot(g, d), 1 + 2 * self.cg_steps
 
-    def _direction(self, problem, at, z):
-        r, slope, J, H = _linearised(problem, at, z)
+    def _direction(self, problem, at, z, s):
+        r, slope, J, H = _linearised(problem, at, z, s)
         Jt = lambda v: jax.linear_transpose(J, z)(v)[0]
         b = jax.tree.map(jnp.negative, Jt((r, slope)))
         if isinstance(problem.energy, ForwardEnergy):
@@ -421,7 +423,7 @@ class LBFGS(AbstractInference):
         here, e = look(z)
         kept = memory.init(z)
         kept = kept._replace(weights_memory=kept.weights_memory.astype(e.dtype))  # Optax makes these of the default precision
-        length = self._first_length(problem, at, *here[::2])
+        length = self._first_length(problem, at, *here[:3])
 
         def step(carry, last=False):
             (z, s, g, res), e, kept, passes = carry
@@ -440,8 +442,8 @@ class LBFGS(AbstractInference):
             for i in range(self.steps): carry = step(carry, last=i + 1 == self.steps)
         return carry[0][1], carry[-1]
 
-    def _first_length(self, problem, at, z, g):
+    def _first_length(self, problem, at, z, s, g):
         "The step along -g that minimises the linearised energy."
-        _, _, J, H = _linearised(problem, at, z)
+        _, _, J, H = _linearised(problem, at, z, s)
         hidden, out = J(g)
         return _ratio(_dot(g, g), _dot(hidden, hidden) + _dot(out, H(out)))

@@ -51,7 +51,7 @@ def lalr(
 ) -> optax.GradientTransformation:
     """Divide each layer's gradient by the running root mean square of its norm, so that every layer takes steps of one size.
 
-    No layer's update has a norm above 1 / sqrt(1 - decay); a layer whose gradient is zero gets zero. The weights are not read, so that zero weights
+    No layer's update has a norm above 1 / sqrt(1 - decay); a layer whose gradient is zero gets zero, and one whose gradient is not finite an update that is not, so that it is seen. The weights are not read, so that zero weights
     are no special case. Follow it with a step size: `optax.chain(lalr(), optax.sgd(0.02, 0.9))`. Raises `InputError` for a decay outside [0, 1).
     Source: Ginsburg et al., 2019, arXiv 1905.11286, for the running norm of a layer.
     """
@@ -69,7 +69,7 @@ def lalr(
         unit = norm / jnp.sqrt(1 - decay ** count.astype(dtype))
         scaled = list(leaves)
         for u, g in zip(unit, groups.values()):
-            for i in g: scaled[i] = jnp.where(u > 0, leaves[i] / jnp.where(u > 0, u, 1), 0).astype(leaves[i].dtype)
+            for i in g: scaled[i] = (leaves[i] / jnp.where(u == 0, 1, u)).astype(leaves[i].dtype)
         return jax.tree.unflatten(tree, scaled), LalrState(count, norm)
     return optax.GradientTransformation(init, update)
 

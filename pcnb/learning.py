@@ -8,6 +8,7 @@ __all__ = ['Report', 'AbstractRule', 'Backprop', 'PredictiveCoding', 'layer_cosi
 # %% ../nbs/05_learning.ipynb 4
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 import equinox as eqx
 import jax
@@ -105,7 +106,7 @@ def layer_cosines(
 ) -> Float[Array, "L"]: # between -1 and 1; 0 where either gradient is 0
     "The cosine of two gradients, layer by layer (weights and biases of a layer together)."
     def cosine(u, v):
-        u, v = (jnp.concatenate([p.ravel() for p in jax.tree.leaves(eqx.filter(t, eqx.is_inexact_array))]) for t in (u, v))
+        u, v = (jnp.concatenate([jnp.zeros(0), *(p.ravel() for p in jax.tree.leaves(eqx.filter(t, eqx.is_inexact_array)))]) for t in (u, v))
         size = jnp.linalg.norm(u) * jnp.linalg.norm(v)
         return jnp.where(size > 0, u @ v / jnp.where(size > 0, size, 1), 0.0)
     return jnp.stack([cosine(u, v) for u, v in zip(a.layers, b.layers)])
@@ -115,17 +116,18 @@ class IncrementalPC(AbstractRule):
     """Incremental predictive coding: a weight step after each inference step of gradient descent on the states.
 
     The optimiser is stepped `inference.steps` times a batch. The wave and the tolerance of `inference` are not used, since the weights
-    move too. Source: Salvatori et al., 2022, arXiv 2212.00720, alg. 1.
+    move too. Raises `InputError` for no steps, or a schedule. Source: Salvatori et al., 2022, arXiv 2212.00720, alg. 1.
     """
     energy: AbstractEnergy = ForwardEnergy()                # what is minimised
     inference: GradientDescent = GradientDescent(steps=8)   # its steps (at least 1) and stepper
 
     def __check_init__(self):
         if self.inference.steps < 1: raise InputError(f"steps is {self.inference.steps}; incremental predictive coding needs at least 1.")
+        if self.inference.schedule is not None: raise InputError("incremental predictive coding takes no schedule of the energy; its weights move at every step.")
 
     def gradient(self, net, x, y):
-        "The gradient of the first weight step."
-        return PredictiveCoding(self.energy, GradientDescent(1, self.inference.stepper, wavefront=False)).gradient(net, x, y)
+        "The gradient of the last weight step of a batch, as if the earlier ones had not moved the weights."
+        return PredictiveCoding(self.energy, replace(self.inference, wavefront=False, tolerance=0.0)).gradient(net, x, y)
 
     def update(self, net, optimiser, state, x, y):
         frozen = freeze(net, x)

@@ -51,13 +51,18 @@ def identity(x: Array) -> Array:
     return x
 
 # %% ../nbs/06_models.ipynb 12
+def _covered(x, size):
+    "Height and width that whole windows cover."
+    if not 1 <= size <= min(x.shape[:2]): raise InputError(f"the pooling window is {size}x{size}; expected at least 1x1 and at most the image, {x.shape[0]}x{x.shape[1]}.")
+    return [n // size * size for n in x.shape[:2]]
+
 def max_pool(
     x: Float[Array, "h w c"],
     size: int, # of the square window, and its stride
 ) -> Float[Array, "h//size w//size c"]:
     "Maximum over windows that do not overlap."
     if size == 1: return x
-    h, w = (n // size * size for n in x.shape[:2])
+    h, w = _covered(x, size)
     return jnp.stack([x[i:h:size, j:w:size] for i in range(size) for j in range(size)]).max(0) if size > 2 else jnp.maximum(
         jnp.maximum(x[0:h:2, 0:w:2], x[0:h:2, 1:w:2]), jnp.maximum(x[1:h:2, 0:w:2], x[1:h:2, 1:w:2]))
 
@@ -67,7 +72,7 @@ def avg_pool(
     size: int, # of the square window, and its stride
 ) -> Float[Array, "h//size w//size c"]:
     "Mean over windows that do not overlap; an edge that does not fill a window is dropped."
-    h, w = (n // size * size for n in x.shape[:2])
+    h, w = _covered(x, size)
     return sum(x[i:h:size, j:w:size] for i in range(size) for j in range(size)) / size**2
 
 class MaxPool(eqx.Module):
@@ -184,7 +189,7 @@ def cnn(
     Raises `InputError` for an input that is not an image, or one too small for the poolings.
     """
     if len(in_shape) != 3: raise InputError(f"in_shape is {tuple(in_shape)}; a convolutional network takes (height, width, channels).")
-    _check_sizes(classes=classes, stride=stride, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+    _check_sizes(**{"the number of channels": len(channels)}, classes=classes, stride=stride, **{f"channels[{i}]": c for i, c in enumerate(channels)})
     keys, sizes = jax.random.split(key, len(channels) + 1), [in_shape[-1], *channels]
     layer = lambda size, build: build(activation, size, 1.0) if pool is MaxPool or size == 1 else _activated(activation, pool(size), lambda act, gain: build(act, 1, gain))
     layers = [Conv(sizes[0], sizes[1], 5, stride=stride, key=keys[0])]
@@ -389,6 +394,7 @@ def airnet(
     with `norm=None, conv=BatchNormConv` and, for its fixed first layer, `patch=0` on the patches of `whiten` (notebook 07).
     """
     widths = _stages(width, (1, 4, 4) if isinstance(width, int) else (1,) * len(width))
+    _check_sizes(**{"the number of widths": len(widths)})
     _check_image(in_shape, classes=classes, **{"patch": patch} if patch else {})
     keys = iter(jax.random.split(key, 2 * len(widths) + 2))
     n, side = patch or in_shape[-1], in_shape[:2]
@@ -460,7 +466,7 @@ def resnet18(in_shape: tuple[int, int, int], classes: int, width: int | Sequence
 def wideresnet(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 64, depth: int = 16, *, key: Array, **choices) -> PCNetwork:
     """Three stages of `(depth - 4) / 6` blocks, from `width` to 4 times `width` channels (or `width` of every stage), after a convolution of 16; `choices` as for `resnet`.
 
-    The depth counts, as in the paper, the projections of two of the skips; the paper's widening factor is `width / 16`. Raises `InputError` for another depth. Reference: Zagoruyko and Komodakis 2016, arXiv:1605.07146.
+    The depth counts, as in the paper, convolutions: those of three projecting skips too, and not the dense layer; the paper's widening factor is `width / 16`. Raises `InputError` for another depth. Reference: Zagoruyko and Komodakis 2016, arXiv:1605.07146.
     """
     if depth < 10 or (depth - 4) % 6: raise InputError(f"depth is {depth}; expected 10, 16, 22, 28 or another 6 n + 4.")
     return resnet(in_shape, classes, 16, _stages(width, (1, 2, 4)), ((depth - 4) // 6,) * 3, key=key, **choices)

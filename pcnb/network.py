@@ -81,6 +81,13 @@ def _check_decoders(decoders, shapes):
         if got != shapes[l - 1]: raise InputError(f"decoder {l} gives shape {got}, but state {l - 1} has shape {shapes[l - 1]}.")
 
 # %% ../nbs/00_network.ipynb 24
+@jax.custom_jvp
+def _with_value(x, value):
+    "`value`, with the derivatives of `x`. Where the two are equal this spares computing `x`."
+    return value
+_with_value.defjvp(lambda primals, tangents: (_with_value(*primals), tangents[0]))
+
+# %% ../nbs/00_network.ipynb 25
 class PCNetwork(eqx.Module):
     """Layers, skips and backward predictions of a predictive-coding network; for one example.
 
@@ -133,11 +140,12 @@ class PCNetwork(eqx.Module):
         eps = [x[l] - self.predict(l, x) for l in range(1, self.depth)]
         return States([*x, self.predict(self.depth, x)], eps)
 
-    def from_errors(self, x0: Array, eps: Sequence[Array]) -> States: # x is computed, one forward pass
-        "States and errors from the hidden errors."
+    def from_errors(self, x0: Array, eps: Sequence[Array], known: Sequence[Array] | None = None) -> States: # x is computed, one forward pass
+        "States and errors from the hidden errors. `known`: x_0 .. x_L, where these errors are known to give them; only derivatives cost something then."
+        pin = (lambda l, v: v) if known is None else (lambda l, v: _with_value(v, known[l]))
         x = [x0]
-        for l, e in enumerate(eps, 1): x.append(self.predict(l, x) + e)
-        return States([*x, self.predict(self.depth, x)], list(eps))
+        for l, e in enumerate(eps, 1): x.append(pin(l, self.predict(l, x) + e))
+        return States([*x, pin(self.depth, self.predict(self.depth, x))], list(eps))
 
     def __call__(self, x0: Array) -> Array: # x_L of the forward pass
         "The output of the forward pass."
@@ -148,7 +156,7 @@ class PCNetwork(eqx.Module):
             raise InputError(f"the input has shape {jnp.shape(x0)}; this network takes one example of shape {self.shapes[0]}. "
                              "For a batch, use jax.vmap.")
 
-# %% ../nbs/00_network.ipynb 36
+# %% ../nbs/00_network.ipynb 39
 BATCH = "batch"  # the name of the mapped axis over which `measured` takes means
 
 class Statistics(eqx.Module):
@@ -172,7 +180,7 @@ def measured(z: Float[Array, "... c"]) -> tuple[Float[Array, "c"], Float[Array, 
     centre = mean(z)
     return centre, mean((z - centre.reshape((1,) * (z.ndim - 1) + (-1,))) ** 2)
 
-# %% ../nbs/00_network.ipynb 37
+# %% ../nbs/00_network.ipynb 40
 def _is_statistics(part): return isinstance(part, Statistics)
 
 def statistics(

@@ -6,7 +6,8 @@
 __all__ = ['Activation', 'POOLS', 'NORMS', 'RULES', 'RECIPES', 'MLPSetting', 'CNNSetting', 'ImageNetworkSetting',
            'GaussNewtonSetting', 'LBFGSSetting', 'GradientDescentSetting', 'ErrorDescentSetting', 'SweepSetting',
            'EnergySetting', 'AdamSetting', 'SGDSetting', 'MuonSetting', 'AugmentSetting', 'Recipe', 'build_rule',
-           'find_recipe', 'to_json', 'from_json', 'train', 'compare', 'evaluate_run', 'report', 'report_figure']
+           'find_recipe', 'to_json', 'from_json', 'train', 'compare', 'Trained', 'load_run', 'evaluate_run', 'report',
+           'report_figure']
 
 # %% ../nbs/10_recipes.ipynb 2
 import dataclasses
@@ -16,11 +17,13 @@ import os
 import platform
 import shutil
 import subprocess
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -177,8 +180,8 @@ class SweepSetting:
     "Gauss-Seidel sweeps from the output to the input."
     sweeps: int = 1
     """How often."""
-    rate: float = 1.0
-    """Step size."""
+    rate: float = 0.3
+    """Step size; 1 overshoots but with --held."""
 
     def build(self) -> AbstractInference:
         "The algorithm."
@@ -498,23 +501,30 @@ def _read_json(path):
 
 # %% ../nbs/10_recipes.ipynb 27
 def _claim(out, config, overwrite, resume):
-    "Make the run's folder ready, or say why not."
+    "Make the run's folder ready, or say why not; returns whether there is a run in it to go on with."
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; choose a folder for the run.")
+    begun = (out / "checkpoint.eqx").exists()
+    if out.is_dir() and not begun and (out / "config.json").exists() and not (out / "metrics.jsonl").exists(): overwrite = True  # stopped before the end of its first epoch: nothing to lose
     used = out.is_dir() and any(out.iterdir())
     if used and not (overwrite or resume): raise InputError(f"{out} is not empty; use --resume to go on, --overwrite to start anew, or another folder.")
-    if resume and not (out / "checkpoint.eqx").exists(): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
+    if resume and not (begun or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
     if resume:
         old = _read_json(out / "config.json")
         old["settings"] = to_json(from_json(old.get("settings")))  # what has become an option since takes its default
-        changed = [k for k in ("recipe", "settings", "rule", "seed") if old.get(k) != config[k]]
+        new = config | {"settings": to_json(from_json(config["settings"]))}  # in the one form of what has several, such as no backward term
+        changed = [k for k in ("recipe", "settings", "rule", "seed") if old.get(k) != new[k]]
+        if "settings" in changed:
+            before, now = _flat(old["settings"]), _flat(new["settings"])
+            changed[changed.index("settings")] = ", ".join(f"{k} ({before.get(k)}, now {now.get(k)})" for k in before | now if before.get(k) != now.get(k))
         if changed: raise InputError(f"{out} was made with another {' and '.join(changed)}; resume with the same settings.")
-        return
+        if begun: return True
     if used and not (out / "config.json").exists(): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
     try:
         for p in out.iterdir() if used else (): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "config.json", config)
     except OSError as e: raise InputError(f"cannot write to {out}: {e.strerror or e}; choose a folder that you may write to.") from None
+    return False
 
 # %% ../nbs/10_recipes.ipynb 28
 def train(
@@ -549,7 +559,7 @@ def train(
     config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    _claim(out, config, overwrite, resume)
+    resume = _claim(out, config, overwrite, resume)
     recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
     run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
               resume=resume, callback=recorder, progress=progress)
@@ -563,6 +573,8 @@ def train(
 
 # %% ../nbs/10_recipes.ipynb 29
 def _data(recipe, data_dir, stream=False):
+    for name, n, low in (("train_examples", recipe.train_examples, 1), ("validation", recipe.validation, 0)):
+        if n is not None and n < low: raise InputError(f"{name} is {n}; expected at least {low}.")
     data = load(recipe.dataset, data_dir, stream)
     if recipe.validation: data = data.validation(recipe.validation)
     return data if recipe.train_examples is None else data.take(recipe.train_examples)
@@ -608,18 +620,33 @@ def compare(
     "Draw a run's figures again, with the accuracy of its twin."
     _save_figures(Path(out), read_metrics(Path(out) / "metrics.jsonl"), read_metrics(Path(twin) / "metrics.jsonl"))
 
-def evaluate_run(
+class Trained(NamedTuple):
+    "What a finished run has made: `jax.vmap(lambda image: net(scale(image)))(images)` are the outputs for raw images."
+    net: PCNetwork
+    scale: Callable  # one raw image -> the network's input
+    data: Dataset    # that it was trained and scored on
+    recipe: Recipe
+
+def load_run(
     out: Path, # a run's folder
     data_dir: Path | None = None, # where the data sets lie
-) -> Score:
-    "Score the saved weights of a run on the set that it was scored on. Raises `InputError` for a folder that is not a finished run."
+) -> Trained:
+    "The trained network of a run. Raises `InputError` for a folder that is not a finished run."
     out = Path(out)
     config = _read_json(out / "config.json")
     recipe = from_json(config.get("settings"))
     data = _data(recipe, data_dir)
     scale = _scale(recipe, data)
     net = _network(recipe, config.get("rule"), data, scale, jax.random.key(0))
-    _, net = load_checkpoint(out / "weights.eqx", net)
+    if not (out / "weights.eqx").exists(): raise InputError(f"{out} has no weights.eqx: the run is not finished, or its weights were not kept. Go on with it by --resume, or train it anew.")
+    return Trained(load_checkpoint(out / "weights.eqx", net)[1], scale, data, recipe)
+
+def evaluate_run(
+    out: Path, # a run's folder
+    data_dir: Path | None = None, # where the data sets lie
+) -> Score:
+    "Score the saved weights of a run on the set that it was scored on. Raises `InputError` for a folder that is not a finished run."
+    net, scale, data, recipe = load_run(out, data_dir)
     return evaluate(net, data.test_images, data.test_labels, scale, recipe.energy.build_loss())
 
 # %% ../nbs/10_recipes.ipynb 32
@@ -676,7 +703,7 @@ def report_figure(
 ): # a matplotlib figure
     "Accuracy by epoch, mean over seeds with a band from the lowest to the highest, twins dotted. Needs matplotlib; raises `InputError` as `report`."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5 + 0.3 * len(_pairs(folders))), layout="constrained")
     ax = figure.subplots()
     for i, ((name, rule, recipe), runs, twins) in enumerate(_pairs(folders)):
         changed = _changed(name, rule, recipe)
@@ -684,10 +711,11 @@ def report_figure(
             if not group: continue
             epochs = min(len(m) for *_, m in group)
             top1 = 100 * np.array([[line["test_top1"] for line in m[:epochs]] for *_, m in group])
-            ax.plot(range(1, epochs + 1), top1.mean(0), style, color=f"C{i}", label=label)
+            ax.plot(range(1, epochs + 1), top1.mean(0), style, color=f"C{i}", label=label and "\n".join(textwrap.wrap(label, 70)), marker="o", ms=3)
             ax.fill_between(range(1, epochs + 1), top1.min(0), top1.max(0), color=f"C{i}", alpha=0.2, lw=0)
     ax.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Accuracy by epoch; twins dotted")
-    ax.legend(fontsize=7)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", fontsize=7)
     return figure
 
 # %% ../nbs/10_recipes.ipynb 34

@@ -110,9 +110,15 @@ def _gains(net): return branch_gains(net.depth, tuple((s.src, s.dst) for s in ne
 def scale_branches(
     net: PCNetwork, # is not changed
 ) -> PCNetwork:
-    "The network with each branch scaled by `branch_gains`, in its initial weights; layers are linear in their parameters."
-    scaled = [jax.tree.map(lambda p: g * p if eqx.is_inexact_array(p) else p, f) for f, g in zip(net.layers, _gains(net))]
-    return eqx.tree_at(lambda n: n.layers, net, tuple(scaled))
+    "The network with each branch scaled by `branch_gains`, in its initial weights. Raises `InputError` for a branch with other arrays than a weight and a bias, in which it would not be linear."
+    def scaled(l, f, gain):
+        if gain == 1: return f
+        arrays = jax.tree.leaves(eqx.filter(f, eqx.is_inexact_array))
+        if len(arrays) > sum(eqx.is_inexact_array(getattr(f, name, None)) for name in ("weight", "bias")):
+            raise InputError(f"layer {l} ({type(f).__name__}) has arrays beside a weight and a bias; its branch cannot be scaled in its weights. Wrap it: Scaled(layer, {gain:.3g}).")
+        return jax.tree.map(lambda p: gain * p if eqx.is_inexact_array(p) else p, f)
+    layers = [scaled(l, f, gain) for l, (f, gain) in enumerate(zip(net.layers, _gains(net)), 1)]
+    return eqx.tree_at(lambda n: n.layers, net, tuple(layers))
 
 # %% ../nbs/03_skip_connections.ipynb 32
 class Scaled(eqx.Module):

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
-from .network import InputError, PCNetwork, statistics, with_statistics
+from .network import InputError, PCNetwork, parameter_count, statistics, with_statistics
 from .learning import AbstractRule, Backprop
 from .augmentation import Batch, augment_batch
 from .data import Dataset, Records, Scale, batches
@@ -55,9 +55,12 @@ def evaluate(
     loss: Callable, # loss(output, one-hot target) of one example
     batch_size: int = 500,
 ) -> Score:
-    "Top-1, top-5 and mean loss of the forward pass; ties go to the first class, NaN is wrong. Raises `InputError` for no images."
-    total, n = jnp.zeros(3), len(images)
+    "Top-1, top-5 and mean loss of the forward pass; ties go to the first class, NaN is wrong. Raises `InputError` for no images, labels that are not one class for each, or a batch size below 1."
+    total, n, classes = jnp.zeros(3), len(images), net.shapes[-1][0] if isinstance(net, PCNetwork) else None
     if not n: raise InputError("there are no images to score; expected at least 1.")
+    if jnp.shape(labels) != (n,): raise InputError(f"labels have shape {jnp.shape(labels)}; expected one for each of {n} images.")
+    if classes and not 0 <= np.min(labels) <= np.max(labels) < classes: raise InputError(f"labels run from {np.min(labels)} to {np.max(labels)}; expected 0 to {classes - 1}, the network's outputs.")
+    if batch_size < 1: raise InputError(f"batch_size is {batch_size}; expected at least 1.")
     streamed, labels, batch_size = isinstance(images, Records), jnp.asarray(labels), min(batch_size, n)
     if not streamed: images = jnp.asarray(images)
     for i in range(0, n, batch_size):
@@ -202,6 +205,7 @@ def _check_fit(net, data, scale, epochs, batch_size, smoothing):
     if net.shapes[0] != shape:
         scaled = "" if shape == data.image_shape else f", of shape {shape} when scaled"
         raise InputError(f"the network takes inputs of shape {net.shapes[0]}; {data.name} has images of shape {data.image_shape}{scaled}.")
+    if not parameter_count(net): raise InputError("the network has no weights to train; a layer that holds weights must be an Equinox module, since those in a closure are constants.")
     if net.shapes[-1] != (data.n_classes,): raise InputError(f"the network's output has shape {net.shapes[-1]}; {data.name} has {data.n_classes} classes.")
 
 def _loss_of(rule): return rule.loss if isinstance(rule, Backprop) else rule.energy.loss
@@ -224,18 +228,19 @@ def fit(
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
-    callback: Callable | None = None, # callback(step, net) after every weight step, or, if it has an attribute `every`, after the first and at each multiple of that; a `Recorder`, for example
+    callback: Callable | None = None, # callback(step, net) after every weight step (the next step takes the network's arrays: copy what is to stay), or, if it has an attribute `every`, after the first and at each multiple of that; a `Recorder`, for example
     steps_per_call: int | None = None, # weight steps that one compiled call makes; a callback ends a call; None: 32 or as many as a callback allows, but 1 with streamed images, or convolutions on a CPU
     progress: bool = True, # show a bar on stderr
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network that does not fit the data, more steps a call than
-    a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first).
+    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights or one that does not fit the data, a folder that holds a run, more steps a call than
+    a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first), or was not where the run is to go on.
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
     _check_fit(net, data, scale, epochs, batch_size, label_smoothing)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
+    if folder is not None and not resume and (Path(folder) / "checkpoint.eqx").exists(): raise InputError(f"{folder} holds a run; use resume=True to go on with it, or another folder.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     n, streamed = len(data.train_labels), isinstance(data.train_images, Records)
     every = getattr(callback, "every", 1)
@@ -254,6 +259,7 @@ def fit(
         done, (net, state) = load_checkpoint(Path(folder) / "checkpoint.eqx", (net, state))
         metrics = read_metrics(Path(folder) / "metrics.jsonl")[:done]
         if len(metrics) < done: raise InputError(f"{folder} is damaged: metrics.jsonl has {len(metrics)} epochs, checkpoint.eqx {done}; start anew.")
+        if done and not np.isfinite(metrics[-1]["loss"]): raise Diverged(f"the run in {folder} had diverged after epoch {done}; start anew with a smaller learning rate.")
     if done >= epochs: return Run(averaged(net, state) if done else net, metrics, 0.0)
     steps = n // batch_size
     run = _make_steps(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing, streamed, steps_per_call > 1)
@@ -267,7 +273,7 @@ def fit(
         net, state, sums, seconds = _epoch(run, fixed, feed, net, state, steps, steps_per_call, f"epoch {epoch + 1}/{epochs}", progress, watch)
         line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
         if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
-        metrics.append(line)
+        metrics.append(line | {"elapsed": time.perf_counter() - start})
         if folder is not None:
             _write_metrics(Path(folder) / "metrics.jsonl", metrics)
             save_checkpoint(Path(folder) / "checkpoint.eqx", epoch + 1, (net, state))
@@ -290,8 +296,8 @@ class _Watch(NamedTuple):
         return i + (1 if made == 0 else self.every - made % self.every)
 
 def _epoch(run, fixed, feed, net, state, steps, per_call, label, progress, watch):
-    "One epoch of steps, their images from `feed` unless it is None; returns the sums of their metrics and the seconds they took."
-    start, carry = time.perf_counter(), (net, state, _no_metrics())
+    "One epoch of steps, their images from `feed` unless it is None; returns the sums of their metrics and the seconds they took, without the callback's."
+    start, watching, carry = time.perf_counter(), 0.0, (net, state, _no_metrics())
     with tqdm(total=steps, desc=label, leave=False, disable=not progress) as bar:
         i = 0
         while i < steps:
@@ -299,12 +305,16 @@ def _epoch(run, fixed, feed, net, state, steps, per_call, label, progress, watch
             due = None if watch is None else watch.next(i)
             last = min(i + per_call, steps, due or steps)
             carry = run((fixed, jnp.int32(i), jnp.int32(last)), carry)
-            if last == due: watch.callback(watch.before + last, carry[0])
+            if last == due:
+                jax.block_until_ready(carry)
+                called = time.perf_counter()
+                watch.callback(watch.before + last, carry[0])
+                watching += time.perf_counter() - called
             if last // 16 > i // 16 or last == steps: jax.block_until_ready(carry)  # keep the bar honest and the queue short
             bar.update(last - i)
             i = last
     net, state, sums = carry
-    return net, state, jax.tree.map(float, sums), time.perf_counter() - start
+    return net, state, jax.tree.map(float, sums), time.perf_counter() - start - watching
 
 def _measure(net, rule, data, fixed, sums, examples, seconds):
     "One line of metrics."

@@ -75,14 +75,15 @@ def test_work_of_a_perceptron(getkey):
     assert work.forward == pytest.approx(first + inner, rel=0.02) and work.inner == pytest.approx(inner, rel=0.02)
     backprop = compile_step(net, Backprop(), jnp.ones((batch, 100)), jnp.ones((batch, 10))).flops
     assert backprop == pytest.approx(work.least(1), rel=0.05)
-    assert Work(5.0, 3.0).least(4) == 22
+    assert Work(5.0, 3.0, 7.0).least(4) == 24
 
 
 @pytest.mark.parametrize("name", ["gn1x2", "gn2x1", "ed2"])
-def test_no_step_goes_below_the_least(name, getkey):
-    net, x, y = mlp((32,), 10, 64, 4, key=getkey()), jnp.ones((16, 32)), jnp.ones((16, 10))
+def test_steps_take_the_least_and_little_more(name, getkey):
+    net, x, y = mlp((32,), 10, 256, 4, key=getkey()), jnp.ones((16, 32)), jnp.ones((16, 10))
     rule, passes = bench_rule(name, net)
-    assert compile_step(net, rule, x, y).flops >= count_work(net, 16).least(passes)
+    least = count_work(net, 16).least(passes)
+    assert least <= compile_step(net, rule, x, y).flops <= 1.1 * least  # nothing but what is elementwise is computed beyond
 
 
 @pytest.mark.parametrize("name, algorithm, passes", [

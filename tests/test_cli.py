@@ -16,7 +16,7 @@ from pcnb.training import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["train", "digits", "--epochs", "2", "--network.width", "8", "--network.depth", "2", "--train-examples", "256", "--quiet", "--no-twin"]
-TIMES = {"seconds", "examples_per_second", "seconds_per_epoch", "compile_seconds"}
+TIMES = {"seconds", "elapsed", "examples_per_second", "seconds_per_epoch", "compile_seconds"}
 WHAT = ["checkpoint.eqx", "config.json", "figures", "metrics.jsonl", "summary.json", "weights.eqx"]
 
 
@@ -141,7 +141,7 @@ def test_run_is_neither_replaced_nor_continued_with_other_settings(run, refuse):
     before = files(run)
     assert "is not empty" in refuse(*TINY, "--out", run)
     assert "another seed" in refuse(*TINY, "--out", run, "--resume", "--seed", 1)
-    assert "another settings" in refuse(*TINY, "--out", run, "--resume", "--epochs", 3)
+    assert "another epochs (2, now 3)" in refuse(*TINY, "--out", run, "--resume", "--epochs", 3)
     assert "another rule" in refuse(*TINY, "--out", run, "--resume", "--rule", "backprop")
     assert files(run) == before
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.signal import correlate2d
 
 from pcnb import Backprop, ForwardEnergy, GaussNewton, InputError, PredictiveCoding, conv, layer_cosines, vgg
-from pcnb.convolution import _taps, _winograd
+from pcnb.convolution import _taps, _winograd, _winograd_gradient
 from pcnb.models import BatchNormConv, Conv, StandardisedConv
 from pcnb.recipes import ImageNetworkSetting
 
@@ -57,7 +57,8 @@ def test_rounding_is_of_operands_only(getkey):
     assert np.array_equal(gradient, jax.grad(lambda w: jnp.vdot(conv(x, w), g))(w))
 
 
-@pytest.mark.parametrize("form", [_winograd, lambda x, w, *how: _taps(x, jnp.ones((*x.shape[:3], 32)), 3, how[0])], ids=["winograd", "taps"])
+@pytest.mark.parametrize("form", [_winograd, lambda x, w, *how: _taps(x, jnp.ones((*x.shape[:3], 32)), 3, how[0]), lambda x, w, *how: _winograd_gradient(x, jnp.ones((*x.shape[:3], 32)), how[0])],
+                         ids=["winograd", "taps", "gradient"])
 def test_examples_do_not_see_each_other(form, getkey):
     x, w = jax.random.normal(getkey(), (2, 4, 4, 32)), jax.random.normal(getkey(), (3, 3, 32, 32))
     both, alone = form(x, w, jnp.dtype("float32"), False), [form(v[None], w, jnp.dtype("float32"), False) for v in x]

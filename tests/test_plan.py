@@ -1,5 +1,6 @@
 """Plans of many runs: what is trained, what is left, what is refused before anything is trained."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,21 @@ def test_the_plans_of_this_repository_mean_runs_that_can_be_built(path):
     runs = pcnb.cli._planned(path)
     assert len({(r.name, r.rule, r.seed, repr(r)) for r in runs.values()}) == len(runs)  # no run twice
     for run in runs.values(): pcnb.recipes.build_rule(run, run.rule)
+
+
+def test_a_refused_run_does_not_stop_the_others(capsys):
+    said = refused(f"a {RUN} --augment.crop 20\nb {RUN}\n", capsys)
+    assert "runs/p/a was not trained" in said and "20" in said
+    assert Path("runs/p/b/summary.json").exists()
+
+
+def test_a_run_stopped_in_its_first_epoch_begins_anew(monkeypatch):
+    def stop(*args, **how): raise KeyboardInterrupt
+    for again in range(2):  # with --resume, as the message says, and without
+        with monkeypatch.context() as m:
+            m.setattr(pcnb.training, "_epoch", stop)
+            with pytest.raises(SystemExit): main(["train", *RUN.split(), "--quiet", "--out", "r"])
+        assert Path("r/config.json").exists()
+        main(["train", *RUN.split(), "--quiet", "--out", "r", *["--resume"] * again])
+        assert Path("r/summary.json").exists()
+        shutil.rmtree("r")

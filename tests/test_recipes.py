@@ -154,6 +154,8 @@ def test_a_run_by_muon_on_whitened_patches_is_recorded_and_scored_again(tmp_path
     whole = train("cifar10-cpu", recipe, tmp_path / "whole", progress=False)
     assert from_json(json.loads((tmp_path / "whole/config.json").read_text())["settings"]) == recipe
     score = pcnb.evaluate_run(tmp_path / "whole")
+    net, scale, data, _ = pcnb.load_run(tmp_path / "whole")
+    assert np.mean(jax.vmap(lambda image: net(scale(image)))(data.test_images).argmax(1) == data.test_labels) == pytest.approx(score.top1)
     assert score.top1 == whole["test_top1"]
     net = recipe.network.build((32, 32, 32), 10, jax.random.key(0))
     assert net.depth == 5 and net.shapes[1] == (16, 16, 4)  # no layer before the first block

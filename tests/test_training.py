@@ -51,6 +51,13 @@ class Tell(AbstractRule):
     def energy(self): return ForwardEnergy()
 
 
+class Fixed(eqx.Module):
+    "A function as a layer, with a weight that it does not use: `fit` wants something to train."
+    f: Callable = eqx.field(static=True)
+    weight: jax.Array = eqx.field(default_factory=lambda: jnp.zeros(1))
+    def __call__(self, x): return self.f(x)
+
+
 def seen(data, epochs, batch_size=5, net=None, **settings):
     "(images, targets) of every step."
     got = []
@@ -147,7 +154,7 @@ def test_augmentation_comes_before_the_scale_and_only_in_training(data):
         def __call__(self, image): return 10 * image
     x = np.concatenate([x for x, _ in seen(data, 1, augment=lambda image, key: image + 1, scale=Count())[0]])
     assert set(x[:, 0, 0, 0]) <= {10.0 * (i + 1) for i in range(N)}
-    net = PCNetwork([lambda x: jnp.zeros(CLASSES).at[0].set(x.reshape(-1)[0])], (2, 2, 1))
+    net = PCNetwork([Fixed(lambda x: jnp.zeros(CLASSES).at[0].set(x.reshape(-1)[0]))], (2, 2, 1))
     _, run = seen(data, 1, net=net, augment=lambda image, key: image * jnp.nan, scale=Count())
     want = evaluate(net, data.test_images, data.test_labels, Count(), SquaredError())
     assert run.metrics[0]["test_loss"] == want.loss and np.isfinite(want.loss)
@@ -161,7 +168,7 @@ def test_default_scale_is_that_of_the_training_set(data):
 
 def test_metrics_are_means_over_the_epoch(data):
     "A network that always says class 1; the rule reports loss 1 and energy 2."
-    net = PCNetwork([lambda x: jnp.array([0.0, 1.0, 0.0])], (2, 2, 1))
+    net = PCNetwork([Fixed(lambda x: jnp.array([0.0, 1.0, 0.0]))], (2, 2, 1))
     batches, run = seen(data, 1, net=net)
     line = run.metrics[0]
     labels = np.concatenate([y for _, y in batches]).argmax(1)
@@ -178,7 +185,7 @@ def test_a_loop_of_steps_sees_what_single_steps_see(data):
         (one, ran), (many, looped) = (seen(data, 2, augment=Shift(1), steps_per_call=n) for n in (1, per_call))
         assert len(one) == len(many) == 8
         for a, b in zip(arrays(one), arrays(many)): np.testing.assert_array_equal(a, b)
-        assert [{**m, "seconds": 0, "examples_per_second": 0} for m in ran.metrics] == [{**m, "seconds": 0, "examples_per_second": 0} for m in looped.metrics]
+        assert [{**m, "seconds": 0, "examples_per_second": 0, "elapsed": 0} for m in ran.metrics] == [{**m, "seconds": 0, "examples_per_second": 0, "elapsed": 0} for m in looped.metrics]
 
 
 def test_a_loop_of_steps_learns_what_single_steps_learn(data):
@@ -221,7 +228,7 @@ def test_resumed_run_is_the_straight_one(data, tmp_path):
     train(1, folder=tmp_path)
     resumed = train(3, folder=tmp_path, resume=True)
     for a, b in zip(arrays(straight.net), arrays(resumed.net), strict=True): np.testing.assert_array_equal(a, b)
-    timing = ("seconds", "examples_per_second")
+    timing = ("seconds", "examples_per_second", "elapsed")
     strip = lambda lines: [{k: v for k, v in m.items() if k not in timing} for m in lines]
     assert strip(resumed.metrics) == strip(straight.metrics) and len(resumed.metrics) == 3
     assert any((a != b).any() for a, b in zip(arrays(straight.net), arrays(tiny())))
@@ -388,3 +395,34 @@ def test_divergence_stops_the_run_after_its_metrics_are_written(value, data, tmp
     assert len(steps) == 4
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert len(lines) == 1 and not np.isfinite(lines[0]["loss"])
+
+
+def test_what_cannot_be_trained_or_would_be_lost_is_refused(data, tmp_path):
+    learn = lambda net, **how: fit(net, Backprop(), optax.sgd(0.1), data, how.pop("epochs", 1), 5, progress=False, **{"scale": lambda image: image} | how)
+    with pytest.raises(InputError, match="no weights to train"): learn(PCNetwork([lambda x: jnp.zeros(CLASSES)], (2, 2, 1)))
+    net = mlp((2, 2, 1), CLASSES, depth=1, key=jax.random.key(0))
+    learn(net, folder=tmp_path / "run")
+    with pytest.raises(InputError, match="holds a run"): learn(net, folder=tmp_path / "run")
+    with pytest.raises(Diverged): learn(net, folder=tmp_path / "bad", scale=lambda image: image * jnp.inf)
+    with pytest.raises(Diverged, match="had diverged after epoch 1"): learn(net, folder=tmp_path / "bad", resume=True, epochs=2)
+
+
+def test_a_layer_without_weights_is_diagnosed(data):
+    net = PCNetwork([*mlp((2, 2, 1), 4, depth=1, key=jax.random.key(0)).layers, jax.nn.relu, *mlp((4,), CLASSES, depth=1, key=jax.random.key(1)).layers], (2, 2, 1))
+    line = fit(net, PredictiveCoding(), optax.sgd(0.1), data, 1, 5, progress=False).metrics[0]
+    assert line["cosine"][1] == 0 == line["gradient_norm"][1] and line["cosine"][2] > 0.5
+
+
+def test_scores_of_nonsense_are_refused(data):
+    net = mlp((2, 2, 1), CLASSES, depth=1, key=jax.random.key(0))
+    score = lambda labels, **how: evaluate(net, data.test_images, labels, lambda image: image, SquaredError(), **how)
+    for labels, said in ((data.test_labels[:5], "one for each of 7 images"), (data.test_labels + 100, "expected 0 to 2"), (data.test_labels - 1, "expected 0 to 2")):
+        with pytest.raises(InputError, match=said): score(labels)
+    with pytest.raises(InputError, match="batch_size is 0"): score(data.test_labels, batch_size=0)
+
+
+def test_seconds_are_those_of_the_steps(data):
+    import time
+    net = mlp((2, 2, 1), CLASSES, depth=1, key=jax.random.key(0))
+    line = fit(net, Backprop(), optax.sgd(0.1), data, 1, 5, progress=False, diagnose_examples=0, callback=lambda step, net: time.sleep(0.2)).metrics[0]
+    assert line["elapsed"] - line["seconds"] >= 0.8  # four calls of 0.2 s
