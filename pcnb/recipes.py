@@ -423,7 +423,7 @@ RECIPES: dict[str, Recipe] = {
     "mnist-mlp128-skip": Recipe("mnist", MLPSetting(128, 128, skips=True, mupc=True), energy=EnergySetting(output_precision=0.003), optimiser=AdamSetting(3e-2), epochs=3),
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
     "mnist-best": _fast("mnist", 8, (16, 64, 128), augment=AugmentSetting(pixels=2, degrees=8.0, scale=0.08), whiten=False),
-    "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128)), energy=EnergySetting(output_precision=1.0, alpha=0.1, backward="anchor"), epochs=4, train_examples=10_000),
+    "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128), pool="average"), energy=EnergySetting(output_precision=1.0), epochs=4, train_examples=10_000),
     "cifar10-equilibrium": dataclasses.replace(
         _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), 4, 128, width=(32,), norm="batch", pool="average"),
         inference=GaussNewtonSetting(2, 3), energy=EnergySetting("cross-entropy", output_precision=2.0, alpha="auto"), joint=True, train_examples=10_000),

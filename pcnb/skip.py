@@ -110,11 +110,11 @@ def _gains(net): return branch_gains(net.depth, tuple((s.src, s.dst) for s in ne
 def scale_branches(
     net: PCNetwork, # is not changed
 ) -> PCNetwork:
-    "The network with each branch scaled by `branch_gains`, in its initial weights. Raises `InputError` for a branch with other arrays than a weight and a bias, in which it would not be linear."
+    "The network with each branch scaled by `branch_gains`, in its initial weights. Raises `InputError` for a branch with other arrays than one weight and its bias, in which it would not be linear."
     def scaled(l, f, gain):
         if gain == 1: return f
-        arrays = jax.tree.leaves(eqx.filter(f, eqx.is_inexact_array))
-        if len(arrays) > sum(eqx.is_inexact_array(getattr(f, name, None)) for name in ("weight", "bias")):
+        at = [path for path, _ in jax.tree_util.tree_leaves_with_path(eqx.filter(f, eqx.is_inexact_array))]
+        if len({path[:-1] for path in at}) > 1 or not {getattr(path[-1], "name", None) for path in at} <= {"weight", "bias"}:
             raise InputError(f"layer {l} ({type(f).__name__}) has arrays beside a weight and a bias; its branch cannot be scaled in its weights. Wrap it: Scaled(layer, {gain:.3g}).")
         return jax.tree.map(lambda p: gain * p if eqx.is_inexact_array(p) else p, f)
     layers = [scaled(l, f, gain) for l, (f, gain) in enumerate(zip(net.layers, _gains(net)), 1)]
