@@ -64,8 +64,10 @@ class Records:
 
     def __getitem__(self, index):
         rows = self._rows[index if isinstance(index, slice) else np.asarray(index)]
-        if rows.ndim == 0: return np.asarray(self._source[int(rows)]["image"])
-        found = self._source.__getitems__(rows.tolist()) if len(rows) else []
+        try:
+            if rows.ndim == 0: return np.asarray(self._source[int(rows)]["image"])
+            found = self._source.__getitems__(rows.tolist()) if len(rows) else []
+        except RuntimeError as e: raise InputError(f"the streamed records cannot be read ({e}); delete the set's folder `prepared` and load it again.") from None  # so array_record reports damage
         return np.stack([row["image"] for row in found]) if found else np.empty((0, *self.shape[1:]), self.dtype)
 
     def select(self,
@@ -487,8 +489,9 @@ def _read_prepared(entry, folder, stream):
         classes = {} if isinstance(entry.classes, tuple) else {"classes": tuple(source.pop("classes"))}
         with np.load(arrays) as arrays: held = {name: arrays[name] for name in arrays if not stream or name.endswith("_labels")}
         return held | (_records(folder, held) if stream else {}) | classes, source
+    except InputError: raise
     except PermissionError as e: raise InputError(f"{e.filename} cannot be read ({e.strerror}); make it readable, or name another folder by `data_dir` or $PCNB_DATA.") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
         raise InputError(f"The prepared copy of {entry.name} in {folder} cannot be trusted ({e}). Delete this folder and load {entry.name} again.") from None
 
 # %% ../nbs/07_data.ipynb 38
@@ -531,7 +534,7 @@ def _state(entry, folder):
     if entry.embedded: return "embedded: nothing to get"
     home = folder.parent / (entry.files_of or entry.name)
     missing = [name for name in entry.files if not os.path.isfile(home / name)]
-    if os.path.exists(folder / "prepared"): return f"prepared in {folder}: loads without network"
+    if os.path.exists(folder / "prepared" / "arrays.json"): return f"prepared in {folder}: loads without network"
     if entry.files and not missing: return f"files are in {home}: prepared on first load"
     try: folders = ", ".join(path.name for path in _folders(entry, home))
     except OSError as e: return f"{home} cannot be read ({e.strerror})"

@@ -562,6 +562,8 @@ def test_describe(tmp_path, prepared_once):
     part.mkdir()
     for name in FILES[1:]: (part / name).write_bytes(b"")
     (tmp_path / "fashion_mnist/prepared").mkdir(parents=True)
+    assert "prepared in" not in describe(tmp_path)  # an empty folder is no prepared set
+    (tmp_path / "fashion_mnist/prepared/arrays.json").write_text("{}")
     (tmp_path / "cifar100/cifar-100-binary").mkdir(parents=True)
     digits, mnist, fashion, cifar10, cifar100, coarse, tiny, subset = describe(tmp_path).split("\n\n")
     assert "embedded" in digits and "1,437 train + 360 test, 8x8x1, 10 classes" in digits
@@ -997,3 +999,9 @@ def test_mnist(tmp_path):
         assert np.bincount(data.train_labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
         np.testing.assert_allclose(np.concatenate(data.moments()), [0.1307, 0.3081], atol=5e-5)
     assert (read_idx(tmp_path / "mnist" / FILES[2])[..., None] == later.test_images).all()
+
+
+def test_streaming_without_the_packages_and_missing_pictures_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(InputError, match="Streaming an image set needs the package grain"): pcnb.data.batches(None, np.arange(4), 2)
+    with pytest.raises(InputError, match="gone.JPEG is missing"): pcnb.data.read_jpeg(tmp_path / "gone.JPEG", 64, 64)
