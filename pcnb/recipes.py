@@ -504,8 +504,9 @@ def _claim(out, config, overwrite, resume):
     "Make the run's folder ready, or say why not; returns whether there is a run in it to go on with."
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; choose a folder for the run.")
     begun = (out / "checkpoint.eqx").exists()
-    if out.is_dir() and not begun and (out / "config.json").exists() and not (out / "metrics.jsonl").exists(): overwrite = True  # stopped before the end of its first epoch: nothing to lose
-    used = out.is_dir() and any(out.iterdir())
+    there = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if "config.json" in there <= {"config.json", "layers.jsonl"} and "recipe" in _read_json(out / "config.json"): overwrite = True  # stopped in its first epoch: nothing to lose
+    used = bool(there)
     if used and not (overwrite or resume): raise InputError(f"{out} is not empty; use --resume to go on, --overwrite to start anew, or another folder.")
     if resume and not (begun or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
     if resume:

@@ -128,3 +128,14 @@ def test_a_run_stopped_in_its_first_epoch_begins_anew(monkeypatch):
         main(["train", *RUN.split(), "--quiet", "--out", "r", *["--resume"] * again])
         assert Path("r/summary.json").exists()
         shutil.rmtree("r")
+
+
+def test_a_folder_with_more_than_a_stopped_run_is_left_alone(capsys):
+    for name, text in (("mine", '{"recipe": "cake"}'), ("other", '{"name": "not a run"}')):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(text)
+    Path("mine/thesis.txt").write_text("years of work")
+    for name in ("mine", "other"):
+        with pytest.raises(SystemExit): main(["train", *RUN.split(), "--quiet", "--out", name])
+        assert "is not empty" in capsys.readouterr().err
+    assert Path("mine/thesis.txt").read_text() == "years of work" and "not a run" in Path("other/config.json").read_text()
