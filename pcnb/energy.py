@@ -136,7 +136,7 @@ class BidirectionalEnergy(AbstractEnergy):
     loss: Callable = SquaredError()                # loss(mu, y) of the output, convex in mu
     precision: float | tuple[float, ...] = 1.0     # p_1 .. p_{L-1}, or one for all
     output_precision: float = 1.0                  # p_L
-    alpha: float | tuple[float, ...] | None = None # alpha_1 .. alpha_L, or one for all; None: 1 / L^2
+    alpha: float | tuple[float, ...] | None = None # alpha_1 .. alpha_L, or one for all; None: p_L / L^2
     backward: Callable = Anchor()                  # Anchor(), Tied() or Learned()
     difference: bool = True                        # compare changes from the feedforward state
 
@@ -146,8 +146,8 @@ class BidirectionalEnergy(AbstractEnergy):
         _check_weights(self.alpha, "alpha")
 
     def alphas(self, net: PCNetwork) -> tuple[float, ...]: # alpha_1 .. alpha_L
-        "The weight of each backward error; by default 1 / L^2, under which errors still reach the first layer."
-        return _per_layer(1 / net.depth**2 if self.alpha is None else self.alpha, net.depth, "alpha")
+        "The weight of each backward error; by default the output precision (without the sign that nudging gives it) over L^2."
+        return _per_layer(abs(self.output_precision) / net.depth**2 if self.alpha is None else self.alpha, net.depth, "alpha")
 
     def backward_errors(self, net, s, ref) -> list: # b_0 .. b_{L-1}
         "What each state's successor says of it, subtracted from the state (or from its change)."

@@ -198,20 +198,22 @@ class EnergySetting:
     "What inference and learning minimise."
     loss: Literal["squared-error", "cross-entropy"] = "squared-error"
     """Loss of the output; the twin's loss too."""
-    precision: float = 1.0
-    """Weight of the squared error of every hidden state."""
+    precision: float | tuple[float, ...] = 1.0
+    """Weight of the squared error of every hidden state; or one weight for each, from the first on."""
     output_precision: float = 0.1
     """Weight of the output's loss."""
-    alpha: float | Literal["auto"] = 0.0
-    """Weight of backward errors, in difference form; 0 leaves the forward energy, auto is one over the square of the number of layers (notebook 01)."""
+    alpha: float | Literal["auto"] | tuple[float, ...] = 0.0
+    """Weight of backward errors; 0 leaves the forward energy, auto is the output precision over the square of the number of layers (notebook 01), more numbers are one for each layer."""
     backward: Literal["anchor", "tied", "learned"] = "anchor"
     """Backward predictions, where alpha is not 0; learned ones give the network decoders (notebook 06b)."""
+    difference: bool = True
+    """Compare changes from the feedforward state backwards, or the states themselves."""
 
     def build(self) -> AbstractEnergy:
         "The energy."
         if self.alpha == 0: return ForwardEnergy(self.build_loss(), self.precision, self.output_precision)
         back = choose("backward", self.backward, {"tied": Tied, "anchor": Anchor, "learned": Learned})()
-        return BidirectionalEnergy(self.build_loss(), self.precision, self.output_precision, None if self.alpha == "auto" else self.alpha, back)
+        return BidirectionalEnergy(self.build_loss(), self.precision, self.output_precision, None if self.alpha == "auto" else self.alpha, back, self.difference)
 
     def equip(self, net: PCNetwork, key) -> PCNetwork:
         "The network with what this energy asks of it: decoders, if backward predictions are learned."
@@ -426,7 +428,7 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128), pool="average"), energy=EnergySetting(output_precision=1.0), epochs=4, train_examples=10_000),
     "cifar10-equilibrium": dataclasses.replace(
         _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), 4, 128, width=(32,), norm="batch", pool="average"),
-        inference=GaussNewtonSetting(2, 3), energy=EnergySetting("cross-entropy", output_precision=2.0, alpha="auto"), joint=True, train_examples=10_000),
+        inference=GaussNewtonSetting(2, 3), energy=EnergySetting("cross-entropy", output_precision=2.0, alpha=0.04), joint=True, train_examples=10_000),
     "cifar10-cpu": _fast("cifar10", 8),
     "cifar10-gpu": _fast("cifar10", 20, (128, 384, 384), crop=4, cutout=12),
     "cifar100-cpu": _fast("cifar100", 10),
@@ -464,7 +466,7 @@ def from_json(
         return kinds[v["kind"]](**{k: tuple(w) if isinstance(w, list) else w for k, w in v.items() if k != "kind"})
     try: recipe = Recipe(**{k: value(v) for k, v in values.items()})
     except (AttributeError, KeyError, TypeError) as e: raise InputError(f"not a recipe: {e}.") from None
-    if getattr(recipe.energy, "alpha", None) == 0: recipe = dataclasses.replace(recipe, energy=dataclasses.replace(recipe.energy, backward="anchor"))  # of no effect, and recorded under older defaults
+    if getattr(recipe.energy, "alpha", None) == 0: recipe = dataclasses.replace(recipe, energy=dataclasses.replace(recipe.energy, backward="anchor", difference=True))  # of no effect, and recorded under older defaults
     for name in ("network", "inference", "energy", "optimiser", "augment"):
         if not isinstance(getattr(recipe, name), Recipe.__annotations__[name]): raise InputError(f"not a recipe: {name} is {getattr(recipe, name)!r}.")
     return recipe

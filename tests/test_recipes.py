@@ -303,7 +303,7 @@ def test_a_pooling_that_a_network_does_not_have():
 def test_alpha_of_itself_and_what_an_alpha_of_zero_leaves_out():
     "auto is the energy's own default; where there is no backward term its kind does not count, whatever was the default when the run was recorded."
     net = mlp((3,), 4, 5, 6, key=jax.random.key(0))
-    assert EnergySetting(alpha="auto").build().alphas(net) == (1 / 36,) * 6
+    assert EnergySetting(output_precision=0.5, alpha="auto").build().alphas(net) == (0.5 / 36,) * 6
     assert isinstance(EnergySetting(alpha="auto").build().backward, Anchor)
     recorded = [from_json(to_json(Recipe("digits", MLPSetting(), energy=EnergySetting(alpha=alpha, backward=kind)))) for alpha in (0.0, 0.1) for kind in ("tied", "anchor")]
     assert recorded[0] == recorded[1] and recorded[2] != recorded[3]
