@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from .network import InputError, PCNetwork, choose, parameter_count
+from .network import InputError, PCNetwork, choose, parameter_count, statistics
 from .energy import AbstractEnergy, Anchor, BidirectionalEnergy, CrossEntropy, ForwardEnergy, Learned, SquaredError, Tied
 from .inference import AbstractInference, ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep
 from .schedules import Spike
@@ -329,9 +329,11 @@ class AugmentSetting:
     """Alpha of CutMix, which pastes a part of another image in; 0: off."""
 
     def build(self, data: Dataset, seed: int = 0):
-        "The augmentation, or None if nothing changes; `seed` decides which images alternating flips turn first. Raises `InputError` for two options that do the same work."
+        "The augmentation, or None if nothing changes; `seed` decides which images alternating flips turn first. Raises `InputError` for two options that do the same work, or a cutout that is no smaller than the image."
         if self.crop and self.pixels: raise InputError(f"crop is {self.crop} and pixels {self.pixels}; both shift the image, so leave one at 0.")
         if self.mixup and self.cutmix: raise InputError(f"mixup is {self.mixup} and cutmix {self.cutmix}; both mix two images, so leave one at 0.")
+        side = min(data.train_images.shape[1:3])
+        if self.cutout >= side: raise InputError(f"cutout is {self.cutout}; the images have a side of {side} pixels, so use a smaller square, or 0 for none.")
         flip = choose("flip", self.flip, {"none": None, "random": Flip(), "alternating": AlternatingFlip(seed)})
         move = Affine(self.pixels, self.degrees, self.scale) if self.degrees or self.scale else Shift(self.pixels) if self.pixels else None
         changes = [flip, Crop(self.crop) if self.crop else None, move, Cutout(self.cutout, self._colour(data)) if self.cutout else None,
@@ -589,9 +591,10 @@ def _scale(recipe, data):
     return whiten(data) if getattr(recipe.network, "whiten", False) else Scale(*data.moments())
 
 def _network(recipe, rule, data, scale, key):
-    "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without."
+    "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without. Raises `InputError` for joint inference without statistics of the batch."
     shape = eqx.filter_eval_shape(scale, data.train_images[0]).shape
     net = recipe.network.build(shape, data.n_classes, key)
+    if recipe.joint and rule == "pc" and not statistics(net): raise InputError("joint inference is through the statistics of batch normalisation, which this network has not: leave joint out (--no-joint), or use --network.norm batch.")
     return net if rule == "backprop" else recipe.energy.equip(net, jax.random.fold_in(key, 1))
 
 def _summary(config, recipe, run):
