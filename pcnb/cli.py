@@ -222,6 +222,8 @@ def _training(args):
     if not args or args[0].startswith("-"): raise InputError(f"the recipe comes first: pcnb train NAME [options]. There are {', '.join(RECIPES)}.")
     name, recipe = args[0], find_recipe(args[0])
     default = Train(**{f.name: getattr(recipe, f.name) for f in fields(Recipe)}, name=name, twin=name == "digits")
+    # tyro knows the inference or optimiser that is meant by --optimiser.lalr, but not by --optimiser.no-lalr: the first form goes before the second
+    args = [a for arg in args for a in ([re.sub(r"\.no[-_]", ".", arg, count=1)] if re.match(r"--(inference|optimiser)\.no[-_]", arg) else []) + [arg]]
     return _parse(Train, args[1:], f"pcnb train {name}", default=default)
 
 def _planned(path):

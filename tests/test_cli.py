@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pcnb.training
-from pcnb.cli import COMMANDS, main
+from pcnb.cli import COMMANDS, _training, main
 from pcnb.recipes import RECIPES, AdamSetting, CNNSetting, GradientDescentSetting, from_json, to_json
 from pcnb.training import read_metrics
 
@@ -312,6 +312,20 @@ def test_recipes_lists_every_setting(printed):
                 v = " ".join(map(str, v)) if isinstance(v, tuple) else v
                 assert f"{f.name.replace('_', '-')} {v}" in text.replace("\n", ","), (name, f.name)
         assert text in printed("recipes")
+
+
+@pytest.mark.parametrize("name", ["mnist-mlp16-sgd", "cifar10-resnet9", "digits"])
+def test_every_switch_has_two_positions(name):
+    "Whatever the recipe's own value, of the inference and optimiser that need not be named too."
+    recipe = RECIPES[name]
+    parts = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    switches = [(group, f.name) for group, part in {"": recipe, **parts}.items() if is_dataclass(part) for f in fields(part) if isinstance(getattr(part, f.name), bool)]
+    assert ("optimiser", "decay_all") in switches
+    for group, switch in switches:
+        for value in (True, False):
+            option = f"--{group}{'.' * bool(group)}{'' if value else 'no-'}{switch.replace('_', '-')}"
+            run = _training([name, option])
+            assert getattr(getattr(run, group) if group else run, switch) is value, option
 
 
 def test_help(printed, capsys):
