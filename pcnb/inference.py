@@ -137,6 +137,17 @@ def infer_batch(
     return found._replace(residual=every(found.residual), relative_residual=every(found.relative_residual), passes=every(found.passes))
 
 # %% ../nbs/02_inference.ipynb 18
+_WRITTEN_OUT = 8  # iterations that are compiled one by one; more become a loop, so that the program does not grow with them
+
+def _iterate(step, carry, n):
+    "`carry, out = step(carry, i)` for i < n: the last carry, and all outs as a tuple or, of a loop, stacked."
+    if n > _WRITTEN_OUT: return jax.lax.scan(step, carry, jnp.arange(n))
+    outs = ()
+    for i in range(n):
+        carry, out = step(carry, i)
+        outs += (out,)
+    return carry, outs
+
 def _repeat(step, carry, steps, done=None):
     "`step` applied `steps` times, or until `done(carry)`; and how often."
     if done is None: return jax.lax.scan(lambda c, _: (step(c), None), carry, None, length=steps)[0], steps
@@ -157,8 +168,6 @@ def wave(
     return tuple(first[l] for l in range(1, net.depth))
 
 # %% ../nbs/02_inference.ipynb 23
-_WRITTEN_OUT = 8  # steps of the wave that are compiled one by one; the program grows with their square
-
 class GradientDescent(AbstractInference):
     """Gradient descent on all hidden states at once, with any Optax transformation as its stepper.
 
@@ -275,54 +284,65 @@ def _linearised(problem, at, z, s):
 # %% ../nbs/02_inference.ipynb 38
 def _conjugate_gradients(J, Jt, H, b, steps):
     "`steps` iterations for (Jr' Jr + Jo' H Jo) d = b from d = 0; returns d and b'd. J(v) gives the pair (Jr v, Jo v)."
-    d, r, p, rr = jax.tree.map(jnp.zeros_like, b), b, b, _dot(b, b)
-    for i in range(steps):
+    def advance(d, p, rr):
         hidden, out = J(p)
         image = (hidden, H(out))
         a = _ratio(rr, _dot(hidden, hidden) + _dot(out, image[1]))
-        d = _axpy(a, p, d)
-        if i + 1 == steps: break
+        return _axpy(a, p, d), a, image
+    def iteration(c, _):
+        d, r, p, rr = c
+        d, a, image = advance(d, p, rr)
         r = _axpy(-a, Jt(image), r)
         rr, old = _dot(r, r), rr
-        p = _axpy(_ratio(rr, old), p, r)
+        return (d, r, _axpy(_ratio(rr, old), p, r), rr), None
+    d = jax.tree.map(jnp.zeros_like, b)
+    if steps:
+        (d, _, p, rr), _ = _iterate(iteration, (d, b, b, _dot(b, b)), steps - 1)
+        d = advance(d, p, rr)[0]
     return d, _dot(b, d)
 
 # %% ../nbs/02_inference.ipynb 40
 def _truncated_newton(Hv, b, steps):
     "At most `steps` conjugate-gradient iterations for H d = b from d = 0, stopped at a direction of negative curvature."
-    d, r, p, rr, alive = jax.tree.map(jnp.zeros_like, b), b, b, _dot(b, b), jnp.array(True)
-    for i in range(steps):
+    def iteration(c, i):
+        d, r, p, rr, alive = c
         Hp = Hv(p)
         curvature = _dot(p, Hp)
         going = alive & (curvature > 1e-3 * _dot(p, p))
         # with nothing to keep yet, the gradient itself is the step
-        a = jnp.where(going, _ratio(rr, curvature), 1.0 if i == 0 else 0.0)
-        d, alive = _axpy(a, p, d), going
+        a = jnp.where(going, _ratio(rr, curvature), jnp.where(i == 0, jnp.ones_like(rr), 0))
         r = _axpy(-a, Hp, r)
-        rr, old = _dot(r, r), rr
-        p = _axpy(_ratio(rr, old), p, r)
-    return d
+        new = _dot(r, r)
+        return (_axpy(a, p, d), r, _axpy(_ratio(new, rr), p, r), new, going), None
+    return _iterate(iteration, (jax.tree.map(jnp.zeros_like, b), b, b, _dot(b, b), jnp.array(True)), steps)[0][0]
 
 # %% ../nbs/02_inference.ipynb 42
 def _conjugate_gradients_by_output(A, At, H, b, steps):
     "`steps` iterations for (I + A' H A) d = b from d = 0; returns d and b'd. A vector a b + A' u is kept as a, u, its image under A, and the shares of `parts` in A' u."
-    bb, Ab, parts = _dot(b, b), A(b), []
-    unit = jnp.eye(steps, dtype=bb.dtype)
-    r = p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, jnp.zeros(steps, bb.dtype))
-    d, rr, pp = jax.tree.map(jnp.zeros_like, p), bb, bb
-    for i in range(steps):
+    bb, Ab = _dot(b, b), A(b)
+    unit = jnp.eye(max(steps - 1, 0), dtype=bb.dtype)
+    def advance(d, p, rr, pp):
         Hp = H(p[2])
         t = _ratio(rr, pp + _dot(p[2], Hp))
-        d = _axpy(t, p, d)
-        if i + 1 == steps: break
+        return _axpy(t, p, d), t, Hp
+    def iteration(c, i):
+        d, r, p, rr, pp = c
+        d, t, Hp = advance(d, p, rr, pp)
         a, u = r[0] - t * p[0], r[1] - t * (p[1] + Hp)
-        parts.append(At(u))
-        image = A(parts[-1])
+        part = At(u)
+        image = A(part)
         r = a, u, a * Ab + image, unit[i]
-        rr, old = jnp.maximum(a * a * bb + 2 * a * _dot(u, Ab) + _dot(u, image), 0), rr
-        c = _ratio(rr, old)
-        p, pp = _axpy(c, p, r), rr + c * c * pp
-    return jax.tree.map(lambda b, *m: sum([s * v for s, v in zip(d[3], m)], d[0] * b), b, *parts), d[0] * bb + _dot(d[1], Ab)
+        new = jnp.maximum(a * a * bb + 2 * a * _dot(u, Ab) + _dot(u, image), 0)
+        c = _ratio(new, rr)
+        return (d, r, _axpy(c, p, r), new, new + c * c * pp), part
+    p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, jnp.zeros(len(unit), bb.dtype))
+    d, parts = jax.tree.map(jnp.zeros_like, p), ()
+    if steps:
+        (d, _, p, rr, pp), parts = _iterate(iteration, (d, p, p, bb, bb), steps - 1)
+        d = advance(d, p, rr, pp)[0]
+    if isinstance(parts, tuple): mixed = jax.tree.map(lambda b, *m: sum([s * v for s, v in zip(d[3], m)], d[0] * b), b, *parts)
+    else: mixed = jax.tree.map(lambda b, m: d[0] * b + jnp.tensordot(d[3], m, 1), b, parts)
+    return mixed, d[0] * bb + _dot(d[1], Ab)
 
 # %% ../nbs/02_inference.ipynb 44
 class GaussNewton(AbstractInference):
@@ -344,8 +364,8 @@ class GaussNewton(AbstractInference):
     def __call__(self, problem):
         carry = (problem.ref, problem.total(problem.ref), jnp.zeros(()))
         if not self.tolerance:
-            for _ in range(self.steps): carry = self._step(problem, *carry)
-            return carry[0], carry[2]
+            s, _, passes = _iterate(lambda c, _: (self._step(problem, *c), None), carry, self.steps)[0]
+            return s, passes
         residual = lambda s: _norm(problem.gradient(s.hidden, s.eps))
         start = residual(problem.ref)
         (s, _, passes), k = _repeat(lambda c: self._step(problem, *c), carry, self.steps,

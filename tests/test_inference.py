@@ -242,6 +242,7 @@ STEPS = {
     "Gauss-Newton 2x1": (GaussNewton(2, 1), lambda o: by_gauss_newton(o, 2, 1)),
     "Gauss-Newton 2xfull": (GaussNewton(2, 4), lambda o: by_gauss_newton(o, 2)),
     "Gauss-Newton 3x2": (GaussNewton(3, 2), lambda o: by_gauss_newton(o, 3, 2)),
+    "Gauss-Newton 9x1": (GaussNewton(9, 1), lambda o: by_gauss_newton(o, 9, 1)),  # a compiled loop, as all counts above eight
     "LBFGS 1": (LBFGS(1), lambda o: by_gauss_newton(o, 1, 1)),
     "LBFGS 3": (LBFGS(3), lambda o: by_lbfgs(o, 3, 10)),
     "LBFGS 5, memory 2": (LBFGS(5, 2), lambda o: by_lbfgs(o, 5, 2)),
@@ -262,6 +263,15 @@ def test_steps_of_the_bidirectional_energy(name, x64):
     algorithm, oracle = STEPS[name]
     o = Oracle(seed=1, loss=CrossEntropy(), alpha=(0.2, 0.5, 0.3, 0.4))
     agrees(o, algorithm, oracle(o))
+
+
+@pytest.mark.parametrize("alpha", [None, (0.2, 0.5, 0.3)], ids=["forward", "bidirectional"])
+def test_many_conjugate_gradient_iterations(alpha, x64):
+    "More than are written out, on an output wide enough that they are not done sooner."
+    o = Oracle(seed=4, sizes=(4, 18, 17, 16), skips=(), alpha=alpha, gain=1.2, p_out=5.0)
+    done, nearly = (by_gauss_newton(o, 1, n) for n in (12, 11))
+    assert max(np.abs(a - b).max() for a, b in zip(done, nearly)) > 1e-3
+    agrees(o, GaussNewton(1, 12), done, 1e-9)
 
 
 def test_oracle_slopes_are_those_of_its_energy():
@@ -290,7 +300,7 @@ def test_exact_is_a_newton_step_where_the_hessian_is_positive(loss, x64):
         new = z - np.linalg.solve(hessian, g)
         assert o.energy_at(new) < o.energy_at(z)
         z = new
-    agrees(o, GaussNewton(2, 4, exact=True), o.from_errors(o.split(z)), 1e-7)
+    for cg_steps in (4, 12): agrees(o, GaussNewton(2, cg_steps, exact=True), o.from_errors(o.split(z)), 1e-7)
 
 
 def rising():
