@@ -6,8 +6,8 @@
 __all__ = ['Activation', 'POOLS', 'NORMS', 'RULES', 'RECIPES', 'MLPSetting', 'CNNSetting', 'ImageNetworkSetting',
            'GaussNewtonSetting', 'LBFGSSetting', 'GradientDescentSetting', 'ErrorDescentSetting', 'SweepSetting',
            'EnergySetting', 'AdamSetting', 'SGDSetting', 'MuonSetting', 'AugmentSetting', 'Recipe', 'build_rule',
-           'find_recipe', 'to_json', 'from_json', 'train', 'compare', 'Trained', 'load_run', 'evaluate_run', 'report',
-           'report_figure']
+           'find_recipe', 'to_json', 'from_json', 'train', 'compare', 'read_run', 'Trained', 'load_run', 'evaluate_run',
+           'report', 'report_figure']
 
 # %% ../nbs/10_recipes.ipynb 2
 import dataclasses
@@ -626,6 +626,12 @@ def compare(
     "Draw a run's figures again, with the accuracy of its twin."
     _save_figures(Path(out), read_metrics(Path(out) / "metrics.jsonl"), read_metrics(Path(twin) / "metrics.jsonl"))
 
+def read_run(
+    out: Path, # a run's folder
+) -> tuple[dict, list[dict]]: # its config.json, and its metrics by epoch
+    "What a run has written down, finished or not. Raises `InputError` for a folder that is not a run's, or is damaged."
+    return _read_json(Path(out) / "config.json"), read_metrics(Path(out) / "metrics.jsonl")
+
 class Trained(NamedTuple):
     "What a finished run has made: `jax.vmap(lambda image: net(scale(image)))(images)` are the outputs for raw images."
     net: PCNetwork
@@ -662,11 +668,11 @@ def _runs(folders):
     if not places: raise InputError("there are no runs to compare; name at least one run's folder.")
     groups = {}
     for p in {q.resolve(): q for q in places}.values():  # each once, by the name that it was given
-        config, summary = _read_json(p / "config.json"), _read_json(p / "summary.json")
+        (config, metrics), summary = read_run(p), _read_json(p / "summary.json")
         recipe, rule = from_json(config.get("settings")), config.get("rule")
         runs = groups.setdefault((config.get("recipe"), rule, _shared(recipe) if rule == "backprop" else recipe), [])
         if any(seed == config.get("seed") for seed, *_ in runs): raise InputError(f"{p} has the seed {config.get('seed')} of another run with its settings; name one of them.")
-        runs.append((config.get("seed"), summary, read_metrics(p / "metrics.jsonl")))
+        runs.append((config.get("seed"), summary, metrics))
     return groups
 
 def _shared(recipe):
