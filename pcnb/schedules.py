@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 from .network import InputError, PCNetwork
-from .energy import AbstractEnergy
+from .energy import AbstractEnergy, BidirectionalEnergy
 from .inference import wave
 
 # %% ../nbs/02b_schedules.ipynb 8
@@ -22,6 +22,7 @@ def arrivals(
 
 def _weighted(energy, net, factors):
     *hidden, output = factors
+    if isinstance(energy, BidirectionalEnergy): energy = eqx.tree_at(lambda e: e.alpha, energy, energy.alphas(net), is_leaf=lambda v: v is None)  # the default follows the output's precision: as it was
     precision = tuple(w * p for w, p in zip(hidden, energy.precisions(net)))
     return eqx.tree_at(lambda e: (e.precision, e.output_precision), energy, (precision, output * energy.output_precision))
 
