@@ -196,6 +196,7 @@ class Plan:
     plan: Positional[Annotated[Path, arg(metavar="FILE", help="The text file.")]]
     out: Annotated[Path | None, arg(metavar="FOLDER", help="Run NAME goes to FOLDER/NAME; None: runs/ and the file's name.")] = None
     only: Annotated[str, arg(metavar="BEGINNING", help="Only the runs whose names begin like this.")] = ""
+    seed: Annotated[int | None, arg(metavar="SEED", help="Give every run this seed; run NAME goes to FOLDER/NAME-SEED.")] = None
     data_dir: DataFolder = None
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only results.")]] = False
 
@@ -203,6 +204,7 @@ class Plan:
         "Train, and print a table of all finished runs. Raises `InputError` for a line that is no run, and for a folder with a run of other settings, before anything is trained, and for runs that were refused at the end."
         out = self.out or Path("runs", self.plan.stem)
         runs = {out / name: run for name, run in _planned(self.plan).items() if name.startswith(self.only)}
+        if self.seed is not None: runs = {folder.with_name(f"{folder.name}-{self.seed}"): replace(run, seed=self.seed) for folder, run in runs.items()}
         if not runs: raise InputError(f"{self.plan} has no run whose name begins with {self.only!r}.")
         refused = {}
         for folder, run in runs.items(): _check_same(folder, run)

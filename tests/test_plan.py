@@ -49,6 +49,12 @@ def test_runs_are_trained_in_order_and_once(capsys):
     assert {p: p.stat().st_mtime_ns for p in Path("runs").rglob("*")} == before
 
 
+def test_a_seed_for_all_runs_has_folders_of_its_own(capsys):
+    plan(f"b {RUN}\nx/a {RUN} --seed 1 --optimiser.rate 0.01\n", "--seed", "2")
+    assert [json.loads(Path("runs/p", n, "config.json").read_text())["seed"] for n in ("b-2", "x/a-2")] == [2, 2]
+    assert sorted(str(f.parent) for f in Path("runs").rglob("config.json")) == ["runs/p/b-2", "runs/p/x/a-2"]
+
+
 def test_a_stopped_run_goes_on(monkeypatch):
     save, text = pcnb.training.save_checkpoint, f"a {RUN.replace('--epochs 1', '--epochs 2')}\n"
     def stop(path, epoch, tree):
