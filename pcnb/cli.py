@@ -204,7 +204,9 @@ class Plan:
         "Train, and print a table of all finished runs. Raises `InputError` for a line that is no run, and for a folder with a run of other settings, before anything is trained, and for runs that were refused at the end."
         out = self.out or Path("runs", self.plan.stem)
         runs = {out / name: run for name, run in _planned(self.plan).items() if name.startswith(self.only)}
-        if self.seed is not None: runs = {folder.with_name(f"{folder.name}-{self.seed}"): replace(run, seed=self.seed) for folder, run in runs.items()}
+        if self.seed is not None:
+            runs = {folder.with_name(f"{folder.name}-{self.seed}"): replace(run, seed=self.seed) for folder, run in runs.items()}
+            if len(set(runs.values())) < len(runs): raise InputError(f"{self.plan} has runs that differ in nothing but their seeds; leave out --seed, or name one of them by --only.")
         if not runs: raise InputError(f"{self.plan} has no run whose name begins with {self.only!r}.")
         refused = {}
         for folder, run in runs.items(): _check_same(folder, run)

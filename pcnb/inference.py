@@ -140,12 +140,12 @@ def infer_batch(
 _WRITTEN_OUT = 8  # iterations that are compiled one by one; more become a loop, so that the program does not grow with them
 
 def _iterate(step, carry, n):
-    "`carry, out = step(carry, i)` for i < n: the last carry, and all outs as a tuple or, of a loop, stacked."
+    "`carry, out = step(carry, i)` for i < n: the last carry, and all outs in a list or, of a loop, stacked."
     if n > _WRITTEN_OUT: return jax.lax.scan(step, carry, jnp.arange(n))
-    outs = ()
+    outs = []
     for i in range(n):
         carry, out = step(carry, i)
-        outs += (out,)
+        outs.append(out)
     return carry, outs
 
 def _repeat(step, carry, steps, done=None):
@@ -336,12 +336,12 @@ def _conjugate_gradients_by_output(A, At, H, b, steps):
         c = _ratio(new, rr)
         return (d, r, _axpy(c, p, r), new, new + c * c * pp), part
     p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, jnp.zeros(len(unit), bb.dtype))
-    d, parts = jax.tree.map(jnp.zeros_like, p), ()
+    d, parts = jax.tree.map(jnp.zeros_like, p), []
     if steps:
         (d, _, p, rr, pp), parts = _iterate(iteration, (d, p, p, bb, bb), steps - 1)
         d = advance(d, p, rr, pp)[0]
-    if isinstance(parts, tuple): mixed = jax.tree.map(lambda b, *m: sum([s * v for s, v in zip(d[3], m)], d[0] * b), b, *parts)
-    else: mixed = jax.tree.map(lambda b, m: d[0] * b + jnp.tensordot(d[3], m, 1), b, parts)
+    if len(unit) > _WRITTEN_OUT: mixed = jax.tree.map(lambda b, m: d[0] * b + jnp.tensordot(d[3], m, 1), b, parts)
+    else: mixed = jax.tree.map(lambda b, *m: sum([s * v for s, v in zip(d[3], m)], d[0] * b), b, *parts)
     return mixed, d[0] * bb + _dot(d[1], Ab)
 
 # %% ../nbs/02_inference.ipynb 44

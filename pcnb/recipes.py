@@ -594,7 +594,7 @@ def _network(recipe, rule, data, scale, key):
     "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without. Raises `InputError` for joint inference without statistics of the batch."
     shape = eqx.filter_eval_shape(scale, data.train_images[0]).shape
     net = recipe.network.build(shape, data.n_classes, key)
-    if recipe.joint and rule == "pc" and not statistics(net): raise InputError("joint inference is through the statistics of batch normalisation, which this network has not: leave joint out (--no-joint), or use --network.norm batch.")
+    if recipe.joint and rule == "pc" and not statistics(net): raise InputError("joint inference is through the statistics of batch normalisation, which this network has not: leave joint out (--no-joint), or give an image network --network.norm batch.")
     return net if rule == "backprop" else recipe.energy.equip(net, jax.random.fold_in(key, 1))
 
 def _summary(config, recipe, run):

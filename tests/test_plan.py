@@ -55,6 +55,11 @@ def test_a_seed_for_all_runs_has_folders_of_its_own(capsys):
     assert sorted(str(f.parent) for f in Path("runs").rglob("config.json")) == ["runs/p/b-2", "runs/p/x/a-2"]
 
 
+def test_a_seed_for_all_makes_no_run_twice(capsys):
+    assert "differ in nothing but their seeds" in refused(f"a {RUN}\nb {RUN} --seed 1\n", capsys, "--seed", "2")
+    assert not Path("runs").exists()
+
+
 def test_a_stopped_run_goes_on(monkeypatch):
     save, text = pcnb.training.save_checkpoint, f"a {RUN.replace('--epochs 1', '--epochs 2')}\n"
     def stop(path, epoch, tree):
