@@ -30,7 +30,7 @@ try:
 except ImportError:
     raise InputError("torch is not installed; `pip install torch` beside pcnb, or leave out --against.") from None
 
-# Every contestant has graphs of its own, of the same functions. Past the usual limit of eight torch.compile would run the rest eagerly without a word.
+# Every contestant has graphs of its own, of the same functions. Past the usual limit of eight torch.compile would run the rest eagerly, with no more than a warning.
 torch._dynamo.config.recompile_limit = 256
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
