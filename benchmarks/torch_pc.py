@@ -437,6 +437,7 @@ def contestant(case, want, exact, framework, compiled):
 
 
 def opponents(case: Case):
-    "Eager and compiled torch, with the weights of the case."
+    "Eager and compiled torch, with the weights of the case. Raises `InputError` for what this file does not know."
+    if case.arithmetic != "float32": raise InputError(f"it computes in float32, not in {case.arithmetic}.")
     want, exact = reference(case), cache(lambda: difference64(case))
     return [contestant(case, want, exact, "torch", lambda f: f), contestant(case, want, exact, "torch.compile", partial(torch.compile, dynamic=False))]

@@ -49,11 +49,16 @@ BENCH_NETWORKS: dict[str, tuple] = {
 } | {name: ((32, 32, 3), build) for name, build in vars(models).items() if re.fullmatch(r"(vgg|resnet)\d+", name)}
 
 def bench_network(
-    name: str, # mlp3, with width 512; mlp8 to mlp128, with width 128; cnn; or a vgg or resnet of `pcnb.models`
+    name: str, # mlp3, with width 512; mlp8 to mlp128, with width 128; mlp16x256: 16 layers of width 256; cnn; or a vgg or resnet of `pcnb.models`
     seed: int = 0,
+    arithmetic: str = "float32", # of convolutions; bfloat16 for a vgg or resnet
 ) -> PCNetwork: # ten classes
-    "The network of this name with fresh weights. Raises `InputError` for another name."
-    in_shape, build = choose("network", name, BENCH_NETWORKS)
+    "The network of this name with fresh weights. Raises `InputError` for another name, or an arithmetic that the network does not have."
+    if found := re.fullmatch(r"mlp(\d+)x(\d+)", name): in_shape, build = (28, 28, 1), partial(models.mlp, depth=int(found[1]), width=int(found[2]))
+    else: in_shape, build = choose("network", name, BENCH_NETWORKS)
+    if choose("arithmetic", arithmetic, ("float32", "bfloat16")) == "bfloat16":
+        if not name.startswith(("vgg", "resnet")): raise InputError(f"arithmetic is bfloat16, which {name} does not have; expected float32, or a vgg or resnet.")
+        build = partial(build, conv=partial(models.Conv, arithmetic=arithmetic))
     return build(in_shape, 10, key=jax.random.key(seed))
 
 def bench_images(
@@ -293,7 +298,7 @@ def paired(
 # %% ../nbs/12_bench.ipynb 36
 @dataclass(frozen=True)
 class Case:
-    "What is given to every contestant: one network, batch and rule."
+    "What is given to every contestant: one network, arithmetic, batch and rule."
     network: str
     net: PCNetwork
     name: str            # of the rule
@@ -302,6 +307,7 @@ class Case:
     y: Array             # (batch, 10), one-hot
     data: Dataset        # for an epoch
     augment: Shift       # of raw images in an epoch
+    arithmetic: str = "float32" # of the network's convolutions
 
 class Contestant(NamedTuple):
     "One way to compute a case."
@@ -315,7 +321,7 @@ def contestant(
 ) -> Contestant:
     "The case in this library, compiled and checked. Raises `CheckFailed` if it computes something else."
     program = compile_step(case.net, case.rule, case.x, case.y)
-    off = check_step(program, case.net, case.rule, case.x, case.y)
+    off = check_step(program, case.net, case.rule, case.x, case.y, 1e-4 if case.arithmetic == "float32" else 1e-2)
     weights, rate, scale = [_weights(case.net)], jnp.float32(1e-3), Scale(*case.data.moments())
     def step(n):
         weights[0], loss = program.run(weights[0], case.x, case.y, rate, n)
@@ -336,11 +342,11 @@ def matmul_peak(
 
 # %% ../nbs/12_bench.ipynb 38
 def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progress):
-    "Measure all rules of one network at one batch size, each in all frameworks; one dict each."
+    "Measure all rules of one network at one batch size, each in every arithmetic and framework; one dict each."
     what, line_up = f"{cases[0].network}, batch {len(cases[0].x)}", {}
     for case in cases:
-        progress(f"{what}: {case.name}, compile and check")
-        line_up |= {(c.framework, case.name): c for c in (contestant(case), *opponents(case))}
+        progress(f"{what}: {case.name}" + (f" in {case.arithmetic}" if case.arithmetic != "float32" else "") + ", compile and check")
+        line_up |= {(c.framework, case.arithmetic, case.name): c for c in (contestant(case), *opponents(case))}
     progress(f"{what}: take turns")
     steps = take_turns({key: c.step for key, c in line_up.items()}, repetitions)
     compiling = {key: [] for key in line_up}
@@ -348,15 +354,15 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progres
     took = take_turns(epochs, epoch_repetitions, least_seconds=0) if epoch_repetitions else {}
     took = {key: [t - s for t, s in zip(ts, compiling[key][1:], strict=True)] for key, ts in took.items()}  # the first was untimed
     rows, batch = [], len(cases[0].x)
-    for (framework, name), c in line_up.items():
-        t, twin, own = steps[framework, name], steps.get((framework, "backprop")), steps["pcnb", name]
+    for (framework, arithmetic, name), c in line_up.items():
+        t, twin, own, full = steps[framework, arithmetic, name], steps.get((framework, arithmetic, "backprop")), steps["pcnb", arithmetic, name], steps.get((framework, "float32", name))
         flops = c.facts.get("flops")
-        row = dict(network=cases[0].network, batch_size=batch, framework=framework, rule=name, **c.facts, step_seconds=spread(t), examples_per_second=batch / spread(t)["median"],
+        row = dict(network=cases[0].network, batch_size=batch, framework=framework, arithmetic=arithmetic, rule=name, **c.facts, step_seconds=spread(t), examples_per_second=batch / spread(t)["median"],
                    flops_per_second=flops and flops / spread(t)["median"], peak_fraction=flops and flops / spread(t)["median"] / peak,
-                   ratio=twin and paired(t, twin), bound=least[name] / least["backprop"], against_pcnb=paired(t, own))
-        if e := took.get((framework, name)):
-            twin = took.get((framework, "backprop"))
-            row |= dict(epoch_seconds=spread(e), epoch_ratio=twin and paired(e, twin), epoch_against_pcnb=paired(e, took["pcnb", name]))
+                   ratio=twin and paired(t, twin), bound=least[name] / least["backprop"], against_pcnb=paired(t, own), against_float32=full and paired(t, full))
+        if e := took.get((framework, arithmetic, name)):
+            twin = took.get((framework, arithmetic, "backprop"))
+            row |= dict(epoch_seconds=spread(e), epoch_ratio=twin and paired(e, twin), epoch_against_pcnb=paired(e, took["pcnb", arithmetic, name]))
         rows.append(row)
     return rows
 
@@ -370,28 +376,30 @@ def bench(
     epoch_repetitions: int = 3,
     opponents: Callable[[Case], Sequence[Contestant]] = lambda case: [], # other ways to compute a case
     progress: Callable[[str], None] = print,
-) -> dict: # `rows`, one for each network, batch size, framework and rule; and where they were measured
+    arithmetic: Sequence[str] = ("float32",), # and bfloat16, of convolutions
+) -> dict: # `rows`, one for each network, batch size, framework, arithmetic and rule; and where they were measured
     """Measure training by backpropagation and by predictive coding with each inference.
 
     Raises `InputError` for a name that is unknown or a number that is too small, `CheckFailed` if a program does not compute what it should.
     """
     for name, n, low in (("repetitions", repetitions, 1), ("epoch_repetitions", epoch_repetitions, 1), ("epoch_examples", epoch_examples, 0), *(("batch_sizes", b, 1) for b in batch_sizes)):
         if n < low: raise InputError(f"{name} is {n}; expected at least {low}.")
-    for name, given in (("networks", networks), ("batch_sizes", batch_sizes)):
+    for name, given in (("networks", networks), ("batch_sizes", batch_sizes), ("arithmetic", arithmetic)):
         if not given: raise InputError(f"{name} is empty; give at least one.")
     if len({n.startswith("mlp") for n in networks}) > 1: raise InputError(f"networks is {' '.join(networks)}; convolutions need memory that is kept, which slows perceptrons down (notebook 08b): measure them in a run of their own.")
     if epoch_examples and epoch_examples < max(batch_sizes): raise InputError(f"epoch_examples is {epoch_examples}; expected 0, or at least the batch size {max(batch_sizes)}.")
-    nets = {name: bench_network(name) for name in networks}
+    nets = {name: {a: bench_network(name, arithmetic=a) for a in arithmetic} for name in networks}
     names = list(dict.fromkeys(["backprop", *inference]))
-    rules = {name: {r: bench_rule(r, net) for r in names} for name, net in nets.items()}
     rows, peak = [], matmul_peak()
-    for name, net in nets.items():
+    for name, forms in nets.items():
+        net = forms[arithmetic[0]]
+        rules = {r: bench_rule(r, net) for r in names}
         for batch in batch_sizes:
             data, work = bench_images(net.shapes[0], max(epoch_examples, batch)), count_work(net, batch)
             x = jax.vmap(Scale(*data.moments()))(jnp.asarray(data.train_images[:batch]))
             y = jax.nn.one_hot(data.train_labels[:batch], 10)
-            cases = [Case(name, net, r, rule, x, y, data, Shift(2)) for r, (rule, _) in rules[name].items()]
-            least = {r: work.least(passes) for r, (_, passes) in rules[name].items()}
+            cases = [Case(name, net, r, rule, x, y, data, Shift(2), a) for a, net in forms.items() for r, (rule, _) in rules.items()]
+            least = {r: work.least(passes) for r, (_, passes) in rules.items()}
             rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0, progress)
     machine = dict(device=str(jax.devices()[0].device_kind), platform=jax.default_backend(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
                    machine=platform.machine(), versions=_versions(), commit=_commit(), taken=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
@@ -402,6 +410,7 @@ _COLUMNS = {  # heading -> text of a row, or None where a row has nothing to say
     "network": lambda r: r["network"],
     "batch": lambda r: str(r["batch_size"]),
     "framework": lambda r: r["framework"],
+    "arithmetic": lambda r: r.get("arithmetic", "float32"),
     "rule": lambda r: r["rule"],
     "compile s": lambda r: f"{r['compile_seconds']:.1f}",
     "step ms": lambda r: f"{1e3 * r['step_seconds']['median']:.2f}",
@@ -413,6 +422,7 @@ _COLUMNS = {  # heading -> text of a row, or None where a row has nothing to say
     "/backprop": lambda r: r["ratio"] and f"{r['ratio']:.2f}",
     "bound": lambda r: f"{r['bound']:.2f}",
     "/pcnb": lambda r: f"{r['against_pcnb']:.2f}",
+    "/float32": lambda r: r.get("against_float32") and f"{r['against_float32']:.2f}",
     "epoch s": lambda r: r.get("epoch_seconds") and f"{r['epoch_seconds']['median']:.2f}",
     "epoch /backprop": lambda r: r.get("epoch_ratio") and f"{r['epoch_ratio']:.2f}",
     "epoch /pcnb": lambda r: r.get("epoch_against_pcnb") and f"{r['epoch_against_pcnb']:.2f}",
@@ -423,9 +433,12 @@ def bench_table(
 ) -> str: # aligned lines; columns that say nothing are left out
     "Where it was measured, and a line for each row."
     cells = {head: [text(r) or "-" for r in result["rows"]] for head, text in _COLUMNS.items()}
-    if all(r["framework"] == "pcnb" for r in result["rows"]): cells = {h: c for h, c in cells.items() if h not in ("framework", "/pcnb", "epoch /pcnb")}
+    dull = set()
+    if all(r["framework"] == "pcnb" for r in result["rows"]): dull |= {"framework", "/pcnb", "epoch /pcnb"}
+    if set(cells["arithmetic"]) == {"float32"}: dull |= {"arithmetic", "/float32"}
+    cells = {h: c for h, c in cells.items() if h not in dull}
     columns = [[head, *c] for head, c in cells.items() if set(c) != {"-"}]
-    aligned = [[v.ljust(w) if c[0] in ("network", "framework", "rule") else v.rjust(w) for v in c] for c in columns for w in [max(map(len, c))]]
+    aligned = [[v.ljust(w) if c[0] in ("network", "framework", "arithmetic", "rule") else v.rjust(w) for v in c] for c in columns for w in [max(map(len, c))]]
     where = (f"{result['device']}, {result['cores']} cores, jax {result['versions']['jax']}, commit {(result['commit'] or 'unknown')[:12]}, {result['taken'][:10]}; "
              f"matrix product {result['peak_flops_per_second'] / 1e9:.0f} GFLOP/s; median of {result['repetitions']}")
     return "\n".join([where, *("  ".join(row).rstrip() for row in zip(*aligned))])
@@ -441,13 +454,14 @@ def bench_figure(
     if others: panels.append(("step / pcnb's", "against_pcnb", {f: [r for r in others if r["framework"] == f] for f in dict.fromkeys(r["framework"] for r in others)}))
     figure = Figure(figsize=(max(6, 0.32 * max(len(own), len(others)) + 2), 3.4 * len(panels)), layout="constrained")
     for ax, (label, key, groups) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        ticks = list(dict.fromkeys((r["network"], r["batch_size"], r["rule"]) for rs in groups.values() for r in rs))
+        place = lambda r: (r["network"], r["batch_size"], r["rule"], r.get("arithmetic", "float32"))
+        ticks = list(dict.fromkeys(place(r) for rs in groups.values() for r in rs))
         for i, (name, rs) in enumerate(groups.items()):
-            at = [ticks.index((r["network"], r["batch_size"], r["rule"])) + (i - (len(groups) - 1) / 2) * 0.8 / len(groups) for r in rs]
+            at = [ticks.index(place(r)) + (i - (len(groups) - 1) / 2) * 0.8 / len(groups) for r in rs]
             ax.bar(at, [r[key] for r in rs], 0.8 / len(groups), label=name)
         if key == "ratio": ax.plot(range(len(own)), [r["bound"] for r in own], "k_", ms=14, mew=2, label="least operations / backpropagation's")
         ax.axhline(1, color="grey", lw=0.8)
-        ax.set_xticks(range(len(ticks)), [f"{n} {b}\n{r}" for n, b, r in ticks], fontsize=7, rotation=60)
+        ax.set_xticks(range(len(ticks)), [f"{n} {b}\n{r}" + (f" {a}" if a != "float32" else "") for n, b, r, a in ticks], fontsize=7, rotation=60)
         ax.set_ylabel(label)
         ax.legend(fontsize=8)
     return figure
@@ -459,8 +473,9 @@ class Bench:
 
     Each step is checked before it is timed, and all take turns. Another framework joins by a Python file with a function `opponents(case)`, for example benchmarks/torch_pc.py.
     """
-    networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}.")] = ("mlp3",)
+    networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}, or mlp16x256: 16 layers of width 256.")] = ("mlp3",)
     batch_sizes: Annotated[tuple[int, ...], arg(help="Examples a step.")] = (128,)
+    arithmetic: Annotated[tuple[str, ...], arg(help="Of convolutions: float32, bfloat16, or both.")] = ("float32",)
     inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep; gn1x2b: with the bidirectional energy.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")
     repetitions: Annotated[int, arg(help="Of a step.")] = 7
     epoch_examples: Annotated[int, arg(help="Training examples of an epoch, which includes data, augmentation and evaluation; 0: only steps.")] = 6400
@@ -474,7 +489,7 @@ class Bench:
         if self.out.suffix != ".json": raise InputError(f"{self.out} does not end in .json; name the file of the figures.")
         if self.out.exists() and not self.overwrite: raise InputError(f"{self.out} exists; use --overwrite to replace it, or another file.")
         if not all(name.startswith("mlp") for name in self.networks): keep_memory()
-        result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(*self.against), partial(print, flush=True))
+        result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(*self.against), partial(print, flush=True), self.arithmetic)
         print(bench_table(result))
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _write_json(self.out, result)

@@ -53,15 +53,16 @@ def evaluate(
     labels: Array, # (N,), integers
     scale: Callable, # one raw image -> the network's input
     loss: Callable, # loss(output, one-hot target) of one example
-    batch_size: int = 500,
+    batch_size: int | None = None, # at most; batches are of one size. None: 2000, or 500 if a weight has four axes, as a convolution's kernel, whose states are large
 ) -> Score:
     "Top-1, top-5 and mean loss of the forward pass; ties go to the first class, NaN is wrong. Raises `InputError` for no images, labels that are not one class for each, or a batch size below 1."
     total, n, classes = jnp.zeros(3), len(images), net.shapes[-1][0] if isinstance(net, PCNetwork) else None
     if not n: raise InputError("there are no images to score; expected at least 1.")
     if jnp.shape(labels) != (n,): raise InputError(f"labels have shape {jnp.shape(labels)}; expected one for each of {n} images.")
     if classes and not 0 <= np.min(labels) <= np.max(labels) < classes: raise InputError(f"labels run from {np.min(labels)} to {np.max(labels)}; expected 0 to {classes - 1}, the network's outputs.")
+    if batch_size is None: batch_size = 500 if any(a.ndim > 3 for a in jax.tree.leaves(eqx.filter(net, eqx.is_array))) else 2000
     if batch_size < 1: raise InputError(f"batch_size is {batch_size}; expected at least 1.")
-    streamed, labels, batch_size = isinstance(images, Records), jnp.asarray(labels), min(batch_size, n)
+    streamed, labels, batch_size = isinstance(images, Records), jnp.asarray(labels), -(-n // -(-n // batch_size))
     if not streamed: images = jnp.asarray(images)
     for i in range(0, n, batch_size):
         index = np.arange(i, i + batch_size)

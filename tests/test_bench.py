@@ -16,7 +16,7 @@ from pcnb.bench import (Program, Work, bench, bench_figure, bench_images, bench_
                         count_flops, count_work, load_opponents, matmul_peak, paired, relative_difference, spread, take_turns)
 from pcnb.cli import main
 from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, Sweep
-from pcnb.models import Conv, Dense, mlp
+from pcnb.models import Conv, Dense, mlp, vgg
 from pcnb.network import InputError
 from pcnb.learning import Backprop
 
@@ -213,6 +213,30 @@ def test_opponents_join(tiny, tmp_path):
     assert [ax.get_ylabel() for ax in bench_figure(result).axes] == ["step / backpropagation's", "step / pcnb's"]
 
 
+def test_arithmetics_take_turns_in_one_run(monkeypatch, capsys, tmp_path):
+    build = lambda in_shape, classes, key, conv=Conv: vgg(in_shape, classes, [(32,), (32,)], conv=conv, key=key)
+    monkeypatch.setattr(bench_module, "BENCH_NETWORKS", {"vggx": ((8, 8, 32), build)})
+    monkeypatch.setattr(bench_module, "matmul_peak", lambda: matmul_peak(64, 1))
+    monkeypatch.setattr(bench_module, "take_turns", lambda *args, least_seconds=0.01: take_turns(*args, least_seconds))
+    other = lambda case: [bench_module.Contestant("other", lambda n: None, None, {"compile_seconds": 0.0})] if case.arithmetic == "float32" else []
+    result = bench(["vggx"], [4], ["gn1x1"], 2, opponents=other, progress=lambda _: None, arithmetic=["float32", "bfloat16"])
+    rows = {(r["framework"], r["arithmetic"], r["rule"]): r for r in result["rows"]}
+    assert set(rows) == {("pcnb", a, r) for a in ("float32", "bfloat16") for r in ("backprop", "gn1x1")} | {("other", "float32", r) for r in ("backprop", "gn1x1")}
+    for (framework, a, rule), r in rows.items():
+        assert r["bound"] == rows["pcnb", "float32", rule]["bound"] and r["ratio"] == pytest.approx(1) or rule != "backprop"
+        assert r["against_float32"] == 1 if a == "float32" else 0 < r["against_float32"] != 1
+    heads, *lines = bench_table(result).splitlines()[1:]
+    assert "arithmetic" in heads and "/float32" in heads and [line.split()[3] for line in lines] == [a for _, a, _ in rows]
+    ticks = [tick.get_text() for tick in bench_figure(result).axes[0].get_xticklabels()]
+    assert ticks == ["vggx 4\ngn1x1", "vggx 4\ngn1x1 bfloat16"]
+
+
+def test_bfloat16_rounds_what_convolutions_multiply():
+    nets = [bench_network("vgg5", arithmetic=a) for a in ("float32", "bfloat16")]
+    assert [net.layers[0].arithmetic for net in nets] == [None, "bfloat16"]  # None: that of the images
+    for a, b in zip(*(jax.tree.leaves(eqx.filter(net, eqx.is_array)) for net in nets), strict=True): np.testing.assert_array_equal(a, b)
+
+
 def test_images_are_of_the_form_asked_for():
     data = bench_images((4, 4, 3), 60)
     assert data.image_shape == (4, 4, 3) and len(data.train_images) == 60 and len(data.test_images) == 10 and data.n_classes == 10
@@ -222,6 +246,9 @@ def test_images_are_of_the_form_asked_for():
 
 @pytest.mark.parametrize("options, said", [
     ("--networks mpl3", "network 'mpl3' is unknown. There are tiny"),
+    ("--networks mlp4x0", "width"),
+    ("--arithmetic float16", "arithmetic 'float16' is unknown; did you mean 'bfloat16'"),
+    ("--arithmetic bfloat16", "arithmetic is bfloat16, which tiny does not have; expected float32, or a vgg or resnet"),
     ("--inference newton", "inference 'newton' is unknown; expected a name like gn1x2"),
     ("--batch-sizes 0", "batch_sizes is 0; expected at least 1"),
     ("--repetitions 0", "repetitions is 0; expected at least 1"),

@@ -351,7 +351,7 @@ def test_scores_against_numpy(seed, n, loss):
     np.testing.assert_allclose(got.loss, each.mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 500])
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 7, 500, None])
 def test_batch_size_does_not_change_the_scores(batch_size):
     rng = np.random.default_rng(0)
     out, labels = rng.normal(size=(7, 6)).astype(np.float32), rng.integers(0, 6, 7)
