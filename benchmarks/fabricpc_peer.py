@@ -20,7 +20,6 @@ def opponents(case): return peers.opponents(PEER, case)
 def learner(task, learning_rate, way):
     import jax
     import jax.numpy as jnp
-    import optax
     from fabricpc.core.energy import GaussianEnergy
     from fabricpc.core.inference import InferenceSGD
     from fabricpc.core.topology import Edge
@@ -47,7 +46,7 @@ def learner(task, learning_rate, way):
     for name, (w, b) in zip(names, task.weights):
         edge, = params[name].weights
         params = params | {name: NodeParams(weights={edge: jnp.asarray(w.T)}, biases={"b": jnp.asarray(b)[None]})}
-    optimizer = optax.sgd(learning_rate)
+    optimizer = peers.optimiser(task, learning_rate)
     train, now = make_train_step(structure, optimizer), dict(params=GraphParams(nodes=params))
     now["optimizer"] = optimizer.init(now["params"])
 

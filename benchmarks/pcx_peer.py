@@ -68,7 +68,7 @@ def learner(task, learning_rate, way):
         weights.step(model, g["model"], scale_by=1.0 / x.shape[0])
 
     model = Model()
-    states, weights = pxu.Optim(lambda: optax.sgd(task.rate)), pxu.Optim(lambda: optax.sgd(learning_rate), pxu.M(pxnn.LayerParam)(model))
+    states, weights = pxu.Optim(lambda: optax.sgd(task.rate)), pxu.Optim(lambda: peers.optimiser(task, learning_rate), pxu.M(pxnn.LayerParam)(model))
     now = lambda: [(f.nn.weight.get(), f.nn.bias.get()) for f in model.layers]
 
     def step(x, y):

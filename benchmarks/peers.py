@@ -6,6 +6,8 @@ A file `NAME_peer.py` describes a library as a `Peer`, and says in `learner` how
 `opponents`, and by the Python of the environment, which runs it as a script; `serve` then answers commands from its standard input. Nothing that the second
 one needs may import pcnb. The environment is made with pip at first use, in a folder beside this file.
 
+`benchmarks/time_to_accuracy.py` has them train until a network knows its digits.
+
 Known: chains of `Dense` with GELU before all but the first, gradient descent on the states with a fixed rate, and the forward energy with squared error and
 precision 1. States and weight gradients must agree with pcnb's before anything is timed. An epoch is not compared: these libraries have no loop with pcnb's
 data and augmentation.
@@ -46,6 +48,14 @@ class Task(NamedTuple):
     y: np.ndarray     # (batch, classes)
     check_x: np.ndarray
     check_y: np.ndarray
+    errors: bool = False    # whether inference moves the errors, not the states
+    optimiser: str = "sgd"  # of the weights: sgd or adam
+
+
+def optimiser(task, learning_rate):
+    "The optimiser of the weights."
+    import optax
+    return dict(sgd=optax.sgd, adam=optax.adam)[task.optimiser](learning_rate)
 
 
 # The side of pcnb
@@ -142,33 +152,38 @@ def reference(case):
     return {what: jax.tree.leaves(v) for what, v in jax.jit(both)(*check_batch(case.x, case.y)).items()}
 
 
-def check(peer, case, want, child, folder):
+def check(peer, what, want, child, folder, tolerance):
     "Differences of hidden states and weight gradients from pcnb's. Raises `CheckFailed` above the tolerance."
     from pcnb.bench import CheckFailed, relative_difference
     child.ask("check", str(folder / "found.npz"))
     with np.load(folder / "found.npz") as found:
         off = {what: relative_difference([found[f"{what}{i}"] for i in range(len(w))], w) for what, w in want.items()}
-    if not max(off.values()) <= TOLERANCE:
-        raise CheckFailed(f"{peer.name}'s {case.name} on {case.network} differs from pcnb's by {off}; expected at most {TOLERANCE:.0e}. Nothing was timed.")
+    if not max(off.values()) <= tolerance:
+        raise CheckFailed(f"{peer.name}'s {what} differs from pcnb's by {off}; expected at most {tolerance:.0e}. Nothing was timed.")
     return off
 
 
-def contestant(peer, case, given, want, python, way):
-    "One way to use a peer, checked."
+def checked(peer, what, given, want, python, way, tolerance=TOLERANCE):
+    "The process of one way to use a peer, what it says of itself, and its differences from pcnb. Raises `CheckFailed` if they are too large."
     import jax
-    from pcnb.bench import Contestant
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        arrays = {f"{what}{i}": v for i, layer in enumerate(given.weights) for what, v in zip(("weight", "bias"), layer)}
+        arrays = {f"{part}{i}": v for i, layer in enumerate(given.weights) for part, v in zip(("weight", "bias"), layer)}
         np.savez(folder / "task.npz", **arrays, **{k: v for k, v in given._asdict().items() if k != "weights"})
         child = Child(python, peer.file, folder / "task.npz", way)
         start = child.ask("start", peer.name)
         if start["platform"] != jax.default_backend():
             raise RuntimeError(f"{peer.name} runs on {start['platform']} and pcnb on {jax.default_backend()}; set JAX_PLATFORMS=cpu to compare both there.")
-        off = check(peer, case, want, child, folder)
-        seconds = child.ask("compile")["seconds"]
+        return child, start["versions"], check(peer, what, want, child, folder, tolerance)
+
+
+def contestant(peer, case, given, want, python, way):
+    "One way to use a peer, checked."
+    from pcnb.bench import Contestant
+    child, versions, off = checked(peer, f"{case.name} on {case.network}", given, want, python, way)
+    seconds = child.ask("compile")["seconds"]
     def step(n): child.ask("step", n)
-    return Contestant(way, step, None, dict(compile_seconds=seconds, difference=off, versions=start["versions"], message_seconds=message(child)))
+    return Contestant(way, step, None, dict(compile_seconds=seconds, difference=off, versions=versions, message_seconds=message(child)))
 
 
 def message(child, times=100):
@@ -181,13 +196,17 @@ def message(child, times=100):
     return float(np.median(took))
 
 
+def home(peer):
+    "The Python of a peer's environment."
+    import jax
+    platform = jax.default_backend()
+    return environment(f"{peer.name}-{platform}", [*peer.packages, f"jax{'[cuda12]' if platform == 'gpu' else ''}=={peer.jax}"])
+
+
 def opponents(peer, case):
     "Each way to use a peer on a case; none for an algorithm that it does not have."
-    import jax
     if (given := task(case, peer.name)) is None: return []
-    platform = jax.default_backend()
-    python = environment(f"{peer.name}-{platform}", [*peer.packages, f"jax{'[cuda12]' if platform == 'gpu' else ''}=={peer.jax}"])
-    want = reference(case)
+    python, want = home(peer), reference(case)
     return [contestant(peer, case, given, want, python, way) for way in peer.ways]
 
 
@@ -196,12 +215,20 @@ def opponents(peer, case):
 def read_task(path):
     with np.load(path) as f: found = dict(f)
     layers = [(found[f"weight{i}"], found[f"bias{i}"]) for i in range(sum(k.startswith("weight") for k in found))]
-    return Task(layers, int(found["steps"]), float(found["rate"]), float(found["precision"]), *(found[k] for k in ("x", "y", "check_x", "check_y")))
+    return Task(layers, int(found["steps"]), float(found["rate"]), float(found["precision"]), *(found[k] for k in ("x", "y", "check_x", "check_y")), bool(found["errors"]), str(found["optimiser"]))
+
+
+def forward(weights, x):
+    "The output of the network with these (weight, bias)."
+    for i, (w, b) in enumerate(weights):
+        if i: x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))
+        x = x @ np.asarray(w).T + np.asarray(b)
+    return x
 
 
 def serve(learner):
-    """Answer commands until the input ends. `learner(task, learning_rate, way)` gives two functions: `step(x, y)` trains on a batch and waits for it, and `read()`
-    gives the hidden states where the last inference ended, and the (weight, bias) of each layer."""
+    """Answer commands until the input ends. `learner(task, learning_rate, way)` gives two functions: `step(x, y)` trains on a batch, with the task's optimiser of the
+    weights, and waits for it, and `read()` gives the hidden states where the last inference ended, and the (weight, bias) of each layer."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # so that nothing a library prints is taken for an answer
     task, way, timed = read_task(sys.argv[1]), sys.argv[2], []
@@ -231,7 +258,21 @@ def serve(learner):
         for _ in range(n): timed[0](*timed[1:])
         return {}
 
-    commands = dict(start=start, check=check, compile=compile, step=step)
+    def train(path, learning_rate, every, goal):
+        "Train with Adam on the batches of `order`, until `goal` of the held images are known at one of the scores after each `every` steps."
+        with np.load(path) as f: images, targets, order, held, labels = (f[k] for k in ("images", "targets", "order", "held", "labels"))
+        train, read = learner(task._replace(optimiser="adam"), learning_rate, way)
+        seconds, scores = [], []
+        for i, index in enumerate(order, 1):
+            begin = time.perf_counter()
+            train(images[index], targets[index])
+            seconds.append(time.perf_counter() - begin)
+            if i % every == 0: scores.append(float((forward(read()[1], held).argmax(1) == labels).mean()))
+            if scores and scores[-1] >= goal: break
+        seconds[:2] = [float(np.median(seconds[2:]))] * 2  # where it compiles
+        return dict(seconds=sum(seconds), steps=len(seconds), scores=scores)
+
+    commands = dict(start=start, check=check, compile=compile, step=step, train=train)
     for line in sys.stdin:
         what, *args = json.loads(line)
         try: answer = commands[what](*args)

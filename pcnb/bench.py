@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['BENCH_NETWORKS', 'bench_network', 'bench_images', 'bench_inference', 'bench_rule', 'count_flops', 'Work',
            'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'in_float64', 'CheckFailed',
-           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench',
-           'bench_table', 'bench_figure', 'Bench', 'load_opponents']
+           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'machine',
+           'bench', 'bench_table', 'bench_figure', 'Bench', 'load_opponents']
 
 # %% ../nbs/12_bench.ipynb 3
 import datetime
@@ -367,6 +367,11 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progres
     return rows
 
 # %% ../nbs/12_bench.ipynb 39
+def machine() -> dict:
+    "What figures are of: device, cores, versions, commit and time."
+    return dict(device=str(jax.devices()[0].device_kind), platform=jax.default_backend(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                machine=platform.machine(), versions=_versions(), commit=_commit(), taken=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+
 def bench(
     networks: Sequence[str],
     batch_sizes: Sequence[int],
@@ -401,9 +406,7 @@ def bench(
             cases = [Case(name, net, r, rule, x, y, data, Shift(2), a) for a, net in forms.items() for r, (rule, _) in rules.items()]
             least = {r: work.least(passes) for r, (_, passes) in rules.items()}
             rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0, progress)
-    machine = dict(device=str(jax.devices()[0].device_kind), platform=jax.default_backend(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                   machine=platform.machine(), versions=_versions(), commit=_commit(), taken=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    return dict(**machine, peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
+    return dict(**machine(), peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
 
 # %% ../nbs/12_bench.ipynb 41
 _COLUMNS = {  # heading -> text of a row, or None where a row has nothing to say

@@ -136,6 +136,26 @@ def test_the_right_is_timed_and_the_wrong_refused(tmp_path, monkeypatch):
         peers.opponents(peer._replace(ways=("wrong",)), case)
 
 
+def test_training_ends_at_the_goal(tmp_path):
+    "A process learns which of ten pixels is bright; its scores are those of the network that it has then, and it stops at the first that reaches the goal."
+    (tmp_path / "other.py").write_text(NUMPY)
+    labels = np.arange(60) % 10
+    images = np.float32(2 * np.eye(16)[labels])
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(60), (200, 1)), axis=1)[:, :20]
+    np.savez(tmp_path / "data.npz", images=images, targets=np.eye(10, dtype=np.float32)[labels], order=order, held=images, labels=labels)
+    case = small("gd4", rule=PredictiveCoding(ForwardEnergy(), GradientDescent(4, optax.sgd(0.2))))
+    child, *_ = peers.checked(peers.Peer("numpy", str(tmp_path / "other.py"), (), "", ()), "gd4 on small", peers.task(case, "numpy"), peers.reference(case), sys.executable, "right")
+    short, long, all = (child.ask("train", str(tmp_path / "data.npz"), 1.0, 5, goal) for goal in (0.5, 0.9, 1.1))
+    for found, goal in ((short, 0.5), (long, 0.9)):
+        assert found["steps"] == 5 * len(found["scores"]) and found["scores"][-1] >= goal > max([0, *found["scores"][:-1]])
+    assert short["steps"] < long["steps"] < all["steps"] == 200 and long["scores"] == all["scores"][:len(long["scores"])] and short["seconds"] > 0
+
+
+def test_score_is_of_the_same_network():
+    net, x = mlp((16,), 10, 8, 3, key=jax.random.key(0)), np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    np.testing.assert_allclose(peers.forward([(f.weight, f.bias) for f in net.layers], x), jax.vmap(net)(x), rtol=1e-4, atol=1e-6)
+
+
 def test_what_a_peer_is_given():
     case = small("gd5", batch=6)
     task = peers.task(case, "other")
