@@ -368,7 +368,9 @@ class Recipe:
     epochs: int = 10
     """Passes over the training set."""
     batch_size: int = 128
-    """Examples a weight step."""
+    """Examples of which a gradient is computed at a time."""
+    accumulate: int = 1
+    """Batches whose mean gradient makes a weight step, where memory holds no larger batch (notebook 08b); rules pc, cpc and backprop."""
     train_examples: int | None = None
     """Train on the first so many examples only."""
     held: bool = False
@@ -558,9 +560,12 @@ def train(
     if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
     if not 0 <= recipe.label_smoothing < 1: raise InputError(f"label_smoothing is {recipe.label_smoothing}; expected a number from 0 up to, but not including, 1.")
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
-    updates = recipe.epochs * (len(data.train_images) // recipe.batch_size) * (recipe.inference.steps if rule == "ipc" else 1)
+    if recipe.accumulate < 1: raise InputError(f"accumulate is {recipe.accumulate}; expected at least 1.")
+    if recipe.accumulate > 1 and rule == "ipc": raise InputError("rule ipc steps the weights several times a batch; leave accumulate at 1.")
+    updates = recipe.epochs * (len(data.train_images) // recipe.batch_size) * (recipe.inference.steps if rule == "ipc" else 1) // recipe.accumulate
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data, seed)
     if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
+    if recipe.accumulate > 1: optimiser = optax.MultiSteps(optimiser, recipe.accumulate).gradient_transformation()
     config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))

@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from pcnb.data import Dataset
 from pcnb.energy import Anchor
 from pcnb.models import mlp
 from pcnb.network import InputError
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, ImageNetworkSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, from_json, report_figure, to_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, from_json, report_figure, to_json, train
 from pcnb.training import Mirrored, load_checkpoint
 
 SINCE = ("mnist-best", "mnist-validation")  # made with the options of today
@@ -233,6 +234,29 @@ def test_mirror_image_and_mean_weights_are_scored_as_numpy_says(tmp_path, monkey
     assert summary["test_top1_flip"] == pytest.approx(((score(x) + score(x[:, :, ::-1])).argmax(1) == data.test_labels).mean())
     again = train("cifar10-cpu", recipe, tmp_path / "run", "backprop", resume=True, progress=False)  # nothing is left to do
     assert again["test_top1_flip"] == summary["test_top1_flip"] and (load_checkpoint(tmp_path / "run" / "weights.eqx", net)[1].layers[0].bias == bias).all()
+
+
+@pytest.mark.parametrize("rule", ["pc", "backprop"])
+def test_small_batches_make_the_step_of_a_large_one(rule, tmp_path, monkeypatch):
+    "Four of 8 examples or one of 32, with a mean over the steps and a schedule that ends with the run; without augmentation, whose keys are the batches'."
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures(96))
+    recipe = replace(RECIPES["cifar10-cpu"], network=MLPSetting(8, 3), augment=AugmentSetting(), inference=GaussNewtonSetting(1, 2), joint=False, epochs=2, batch_size=32, average=0.5, optimiser=AdamSetting(0.03))
+    nets = []
+    for accumulate in (1, 4):
+        train("cifar10-cpu", replace(recipe, batch_size=32 // accumulate, accumulate=accumulate), tmp_path / str(accumulate), rule, progress=False)
+        nets.append(load_checkpoint(tmp_path / str(accumulate) / "weights.eqx", recipe.network.build((8, 8, 3), 10, jax.random.key(0)))[1])
+    fresh, *nets = (jax.tree.leaves(eqx.filter(net, eqx.is_array)) for net in (recipe.network.build((8, 8, 3), 10, jax.random.key(0)), *nets))
+    for start, one, four in zip(fresh, *nets, strict=True):
+        assert abs(one - start).max() > 0.01
+        np.testing.assert_allclose(four, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate, rule, said", [(0, "pc", "accumulate is 0; expected at least 1"), (2, "ipc", "rule ipc steps the weights several times a batch; leave accumulate at 1")])
+def test_accumulation_that_cannot_be(accumulate, rule, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures())
+    recipe = replace(RECIPES["mnist-mlp"], network=MLPSetting(4, 2), inference=GradientDescentSetting(), batch_size=8, accumulate=accumulate)
+    with pytest.raises(InputError, match=said): train("mnist-mlp", recipe, tmp_path / "run", rule, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 # a table of runs
