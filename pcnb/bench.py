@@ -99,7 +99,8 @@ def bench_rule(
     "The rule of this name, with squared error and output precision 0.1, as in the recipes."
     if name == "backprop": return Backprop(), 1
     energy = {"b": BidirectionalEnergy, "t": partial(BidirectionalEnergy, backward=Tied())}.get(name[-1:], ForwardEnergy)
-    algorithm, passes = bench_inference(name if energy is ForwardEnergy else name[:-1], net)
+    try: algorithm, passes = bench_inference(name if energy is ForwardEnergy else name[:-1], net)
+    except InputError: raise InputError(f"inference {name!r} is unknown; expected a name like gn1x2, gd8, ed8 or sweep, with b or t at its end for the bidirectional energy.") from None
     return PredictiveCoding(energy(output_precision=0.1), algorithm), passes
 
 # %% ../nbs/12_bench.ipynb 16
@@ -479,7 +480,7 @@ class Bench:
     networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}, or mlp16x256: 16 layers of width 256.")] = ("mlp3",)
     batch_sizes: Annotated[tuple[int, ...], arg(help="Examples a step.")] = (128,)
     arithmetic: Annotated[tuple[str, ...], arg(help="Of convolutions: float32, bfloat16, or both.")] = ("float32",)
-    inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep; gn1x2b: with the bidirectional energy.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")
+    inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep; gn1x2b: with the bidirectional energy, gn1x2t: with tied backward predictions.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")
     repetitions: Annotated[int, arg(help="Of a step.")] = 7
     epoch_examples: Annotated[int, arg(help="Training examples of an epoch, which includes data, augmentation and evaluation; 0: only steps.")] = 6400
     epoch_repetitions: Annotated[int, arg(help="Of an epoch.")] = 3
@@ -491,6 +492,8 @@ class Bench:
         "Measure, print a table, and write it. Raises what `bench` raises, and `InputError` for a file that exists or cannot be used."
         if self.out.suffix != ".json": raise InputError(f"{self.out} does not end in .json; name the file of the figures.")
         if self.out.exists() and not self.overwrite: raise InputError(f"{self.out} exists; use --overwrite to replace it, or another file.")
+        above = next(p for p in self.out.absolute().parents if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK): raise InputError(f"{self.out} cannot be written: {above} is not a folder that you may write to; choose another file.")
         if not all(name.startswith("mlp") for name in self.networks): keep_memory()
         result = bench(self.networks, self.batch_sizes, self.inference, self.repetitions, self.epoch_examples, self.epoch_repetitions, load_opponents(*self.against), partial(print, flush=True), self.arithmetic)
         print(bench_table(result))

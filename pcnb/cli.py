@@ -26,7 +26,7 @@ from .models import MODELS, find_model, layer_table
 from .data import describe
 from .training import Diverged
 from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
-                          MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, train, _read_json)
+                          MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, to_json, train, _read_json)
 from .bench import Bench, CheckFailed
 
 # %% ../nbs/11_cli.ipynb 7
@@ -252,7 +252,8 @@ def _check_same(folder, run):
     if not (folder / "config.json").exists(): return
     config = _read_json(folder / "config.json")
     there = config.get("recipe"), config.get("rule"), config.get("seed"), from_json(config.get("settings"))
-    if there != (run.name, run.rule, run.seed, Recipe(**{f.name: getattr(run, f.name) for f in fields(Recipe)})):
+    planned = from_json(to_json(Recipe(**{f.name: getattr(run, f.name) for f in fields(Recipe)})))  # in the form in which it is written down
+    if there != (run.name, run.rule, run.seed, planned):
         raise InputError(f"{folder} holds a run of other settings than the plan's; give the run another name, or remove that folder.")
 
 # %% ../nbs/11_cli.ipynb 19

@@ -7,6 +7,7 @@ __all__ = ['keep_memory']
 
 # %% ../nbs/08b_memory.ipynb 3
 import ctypes
+import os
 
 # %% ../nbs/08b_memory.ipynb 5
 _SETTINGS = ((-8, 1), (-4, 0), (-1, -1), (-2, 1 << 26))  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never), M_TOP_PAD (bytes), as in malloc.h
@@ -17,5 +18,5 @@ def keep_memory() -> bool: # whether the C library took all settings; False wher
     Steps with large temporaries gain on a CPU; small ones lose, since threads share one heap. On a GPU, whose memory JAX keeps anyway, nothing changes.
     `pcnb` calls it for convolutional networks, importing the package does not. Source: mallopt(3), glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if hasattr(ctypes, "CDLL") and ctypes.sizeof(ctypes.c_void_p) == 8 else None
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" and ctypes.sizeof(ctypes.c_void_p) == 8 else None
     return mallopt is not None and all(mallopt(*pair) == 1 for pair in _SETTINGS)

@@ -60,7 +60,7 @@ def max_pool(
     x: Float[Array, "h w c"],
     size: int, # of the square window, and its stride
 ) -> Float[Array, "h//size w//size c"]:
-    "Maximum over windows that do not overlap."
+    "Maximum over windows that do not overlap. Raises `InputError` for a window below 1, or larger than the image."
     if size == 1: return x
     h, w = _covered(x, size)
     return jnp.stack([x[i:h:size, j:w:size] for i in range(size) for j in range(size)]).max(0) if size > 2 else jnp.maximum(
@@ -71,7 +71,7 @@ def avg_pool(
     x: Float[Array, "h w c"],
     size: int, # of the square window, and its stride
 ) -> Float[Array, "h//size w//size c"]:
-    "Mean over windows that do not overlap; an edge that does not fill a window is dropped."
+    "Mean over windows that do not overlap; an edge that does not fill a window is dropped. Raises `InputError` for a window below 1, or larger than the image."
     h, w = _covered(x, size)
     return sum(x[i:h:size, j:w:size] for i in range(size) for j in range(size)) / size**2
 
@@ -312,7 +312,8 @@ def _parts(*parts):
     return parts[0] if len(parts) == 1 else Chain(*parts)
 
 def _activated(activation, pool, build):
-    "A layer that pools what the activation leaves, before the module that `build(activation, gain)` makes, which has the scale of one behind the activation."
+    """A layer that pools what the activation leaves, before the module that `build(activation, gain)` makes. `Conv` and `Dense` then have the scale of one behind the activation;
+    `BatchNormConv` begins with that gain as its scale, and `StandardisedConv`, which knows the activation's variance, 0.9 times as large for GELU."""
     return Chain(activation, pool, build(identity, second_moment(activation) ** -0.5))
 
 def _pooling(pool, size, activation, norm, build):
@@ -347,7 +348,7 @@ def vgg(
 
     Raises `InputError` for an input that is not an image, or one too small for the poolings. Reference: Simonyan and Zisserman 2014, arXiv:1409.1556.
     """
-    _check_image(in_shape, classes=classes, **{f"channels of stage {i}": c for i, stage in enumerate(stages) for c in stage})
+    _check_image(in_shape, classes=classes, **{f"channels of convolution {j} of stage {i}": c for i, stage in enumerate(stages) for j, c in enumerate(stage)})
     keys = iter(jax.random.split(key, sum(map(len, stages)) + 1))
     layers, n, side = [], in_shape[-1], in_shape[:2]
     for stage in stages:
@@ -420,7 +421,8 @@ class PoolAndPad(eqx.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, self.channels - x.shape[-1])))
 
 def pool_and_pad(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], key: Array) -> Callable:
-    "The projection of a skip without weights; the identity where the shapes are equal."
+    "The projection of a skip without weights; the identity where the shapes are equal. Raises `InputError` for fewer channels than there are."
+    if dst_shape[-1] < src_shape[-1]: raise InputError(f"zeros cannot make {dst_shape[-1]} channels of {src_shape[-1]}; give a network that does not become narrower (a wideresnet has a width of at least 16), or project=learned_projection.")
     return eqx.nn.Identity() if src_shape == dst_shape else PoolAndPad(src_shape[0] // dst_shape[0], dst_shape[-1])
 
 def resnet(

@@ -40,10 +40,10 @@ from .nudging import CentredPC
 from .log_determinant import LogDeterminant
 from .models import AvgPool, BatchNormConv, Chain, Conv, GroupNorm, MaxPool, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
 from .decoders import with_decoders
-from .augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
+from .augmentation import Affine, AlternatingFlip, Batch, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift, augment_batch
 from .data import Dataset, Scale, load, whiten
 from .diagnostics import Recorder, layer_figures, run_figures
-from .training import Mirrored, Score, average_weights, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets
+from .training import Mirrored, Score, average_weights, checkpoint_epoch, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets
 
 # %% ../nbs/10_recipes.ipynb 6
 Activation = Literal["gelu", "relu", "silu", "tanh"]
@@ -67,6 +67,7 @@ class MLPSetting:
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
         net = mlp(in_shape, classes, self.width, self.depth, activation(self.activation), self.skips, self.gain, key=key)
+        if self.mupc and self.gain != 1: raise InputError(f"gain is {self.gain}, but Depth-muP sets the size of every layer's weights itself; leave gain at 1, or mupc out.")
         return mupc(net, key=key) if self.mupc else net
 
 @dataclass(frozen=True)
@@ -329,10 +330,11 @@ class AugmentSetting:
     """Alpha of CutMix, which pastes a part of another image in; 0: off."""
 
     def build(self, data: Dataset, seed: int = 0):
-        "The augmentation, or None if nothing changes; `seed` decides which images alternating flips turn first. Raises `InputError` for two options that do the same work, or a cutout that is no smaller than the image."
+        "The augmentation, or None if nothing changes; `seed` decides which images alternating flips turn first. Raises `InputError` for two options that do the same work, or a crop or cutout that is no smaller than the image."
         if self.crop and self.pixels: raise InputError(f"crop is {self.crop} and pixels {self.pixels}; both shift the image, so leave one at 0.")
         if self.mixup and self.cutmix: raise InputError(f"mixup is {self.mixup} and cutmix {self.cutmix}; both mix two images, so leave one at 0.")
         side = min(data.train_images.shape[1:3])
+        if self.crop >= side: raise InputError(f"crop is {self.crop}; the images have a side of {side} pixels, so shift by less, or by 0 for none.")
         if self.cutout >= side: raise InputError(f"cutout is {self.cutout}; the images have a side of {side} pixels, so use a smaller square, or 0 for none.")
         flip = choose("flip", self.flip, {"none": None, "random": Flip(), "alternating": AlternatingFlip(seed)})
         move = Affine(self.pixels, self.degrees, self.scale) if self.degrees or self.scale else Shift(self.pixels) if self.pixels else None
@@ -385,8 +387,9 @@ class Recipe:
 RULES = ("pc", "cpc", "ipc", "backprop")
 
 def _inference(recipe):
-    "The algorithm; one with a guard knows how coarsely the network's products round."
+    "The algorithm; one with a guard knows how coarsely the network's products round, and gradient descent that the plain bidirectional form is not at rest at the feedforward state."
     algorithm = recipe.inference.build()
+    if isinstance(algorithm, GradientDescent) and recipe.energy.alpha != 0 and not recipe.energy.difference: algorithm = dataclasses.replace(algorithm, wavefront=False)
     coarse = getattr(recipe.network, "arithmetic", "float32") == "bfloat16" and hasattr(algorithm, "rounding")
     return dataclasses.replace(algorithm, rounding=2.0**-9) if coarse else algorithm
 
@@ -549,7 +552,7 @@ def train(
 ) -> dict: # the summary
     """Run a recipe and write its folder.
 
-    Raises `InputError` for settings, data or a folder that will not do; nothing is written before all of them have been checked.
+    Raises `InputError` for settings, data or a folder that will not do; a run that is there is replaced only after all of them have been checked. A finished run that is resumed says what it said.
     """
     if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir, stream)
@@ -560,25 +563,29 @@ def train(
     if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
     if not 0 <= recipe.label_smoothing < 1: raise InputError(f"label_smoothing is {recipe.label_smoothing}; expected a number from 0 up to, but not including, 1.")
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
-    if recipe.accumulate < 1: raise InputError(f"accumulate is {recipe.accumulate}; expected at least 1.")
+    batches = len(data.train_images) // recipe.batch_size
+    if not 1 <= recipe.accumulate <= batches: raise InputError(f"accumulate is {recipe.accumulate}; expected 1 to {batches}, the number of batches in an epoch.")
     if recipe.accumulate > 1 and rule == "ipc": raise InputError("rule ipc steps the weights several times a batch; leave accumulate at 1.")
-    updates = recipe.epochs * (len(data.train_images) // recipe.batch_size) * (recipe.inference.steps if rule == "ipc" else 1) // recipe.accumulate
+    updates = recipe.epochs * batches * (recipe.inference.steps if rule == "ipc" else 1) // recipe.accumulate
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data, seed)
     if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
     if recipe.accumulate > 1: optimiser = optax.MultiSteps(optimiser, recipe.accumulate).gradient_transformation()
     config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
                   platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
                   started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    if overwrite and (out / "config.json").exists(): _try(net, learning, augment, scale, data, recipe)
     resume = _claim(out, config, overwrite, resume)
+    if resume: config = _read_json(out / "config.json")
     recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
     run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
               resume=resume, callback=recorder, progress=progress)
+    if resume and not run.compile_seconds and (out / "summary.json").exists(): return _read_json(out / "summary.json")  # nothing was left to do
     save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
     summary = _summary(config, recipe, run)
     if recipe.augment.flip != "none":
         summary["test_top1_flip"] = evaluate(Mirrored(Chain(scale, run.net)), data.test_images, data.test_labels, eqx.nn.Identity(), recipe.energy.build_loss()).top1
-    _write_json(out / "summary.json", summary)
     _save_figures(out, run.metrics, records=recorder.records if recorder else ())
+    _write_json(out / "summary.json", summary)
     return summary
 
 # %% ../nbs/10_recipes.ipynb 29
@@ -588,6 +595,15 @@ def _data(recipe, data_dir, stream=False):
     data = load(recipe.dataset, data_dir, stream)
     if recipe.validation: data = data.validation(recipe.validation)
     return data if recipe.train_examples is None else data.take(recipe.train_examples)
+
+def _try(net, learning, augment, scale, data, recipe):
+    "Trace a gradient, so that settings that do not fit each other are refused before anything is replaced."
+    n = recipe.batch_size
+    batch = Batch(jnp.zeros((n, *data.image_shape), data.train_images.dtype), jnp.zeros((n, data.n_classes)), jnp.arange(n), jnp.int32(0))
+    def one(net, batch):
+        changed = augment_batch(augment, batch, key=jax.random.key(0))
+        return learning.gradient(net, jax.vmap(scale)(changed.images), changed.targets)[0]
+    eqx.filter_eval_shape(one, net, batch)
 
 def _scale(recipe, data):
     "What makes an image the network's input."
@@ -613,7 +629,7 @@ def _summary(config, recipe, run):
 
 def _recorder(learning, data, scale, recipe, every, out, resume, examples=256):
     "A recorder of the first training examples; it goes on where a resumed run does."
-    done = read_metrics(out / "metrics.jsonl")[-1]["epoch"] * (len(data.train_images) // recipe.batch_size) if resume else 0
+    done = checkpoint_epoch(out / "checkpoint.eqx") * (len(data.train_images) // recipe.batch_size) if resume else 0
     x = jax.vmap(scale)(jnp.asarray(data.train_images[:examples]))
     y = targets(jnp.asarray(data.train_labels[:examples]), data.n_classes, recipe.label_smoothing)
     return Recorder(learning, x, y, every, out / "layers.jsonl", done)

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['Score', 'evaluate', 'Mirrored', 'Metrics', 'targets', 'loops_well', 'WeightAverage', 'average_weights', 'averaged',
-           'save_checkpoint', 'load_checkpoint', 'Run', 'Diverged', 'fit', 'read_metrics']
+           'save_checkpoint', 'checkpoint_epoch', 'load_checkpoint', 'Run', 'Diverged', 'fit', 'read_metrics']
 
 # %% ../nbs/08_training.ipynb 3
 import json
@@ -174,15 +174,25 @@ def save_checkpoint(
         eqx.tree_serialise_leaves(f, tree)
     os.replace(temporary, path)
 
+def checkpoint_epoch(
+    path: Path,
+) -> int: # epochs done
+    "How far the run was when `save_checkpoint` wrote this. Raises `InputError` for a file that is missing or damaged."
+    try:
+        with open(path, "rb") as f: return int(json.loads(f.readline())["epoch"])
+    except FileNotFoundError: raise InputError(f"{path} does not exist; there is nothing to load.") from None
+    except Exception as e: raise InputError(f"{path} cannot be read as a checkpoint: it is damaged ({type(e).__name__}).") from None
+
 def load_checkpoint(
     path: Path,
     like: PyTree, # a tree of the same structure and shapes
 ) -> tuple[int, PyTree]: # epochs done, the tree
-    "Read what `save_checkpoint` wrote. Raises `InputError` for a file that does not fit `like` or is damaged."
+    "Read what `save_checkpoint` wrote. Raises `InputError` for a file that is missing, does not fit `like` or is damaged."
+    epoch = checkpoint_epoch(path)
     try:
         with open(path, "rb") as f:
-            return int(json.loads(f.readline())["epoch"]), eqx.tree_deserialise_leaves(f, like)
-    except FileNotFoundError: raise InputError(f"{path} does not exist; there is nothing to load.") from None
+            f.readline()
+            return epoch, eqx.tree_deserialise_leaves(f, like)
     except Exception as e:
         raise InputError(f"{path} cannot be read as a checkpoint of this network: it is damaged or of another one ({type(e).__name__}).") from None
 

@@ -193,6 +193,51 @@ def test_resume_says_what_is_damaged(run, tmp_path, refuse, name):
     assert files(out) == before
 
 
+@pytest.mark.parametrize("options, said", [
+    ("--energy.precision 1 2 3", "precision"), ("--energy.precision 0", "need precisions > 0; got 0"), ("--accumulate 3", "accumulate is 3; expected 1 to"),
+    ("--batch-size 200 --accumulate 2", "accumulate is 2; expected 1 to 1"), ("--network.mupc --network.skips --network.gain 0.5", "gain is 0.5, but Depth-muP sets the size"),
+])
+def test_settings_that_do_not_fit_each_other_replace_no_run(run, tmp_path, refuse, options, said):
+    out = copy(run, tmp_path / "run")
+    before = files(out)
+    batch = [] if "batch" in options else ["--batch-size", 128]
+    assert said in refuse(*TINY, *batch, "--out", out, "--overwrite", *options.split())
+    assert files(out) == before
+
+
+def test_a_finished_run_that_is_resumed_says_what_it_said(run, tmp_path, printed, monkeypatch):
+    out = copy(run, tmp_path / "run")
+    before = files(out)
+    monkeypatch.setattr(pcnb.recipes, "_commit", lambda: "another")
+    printed(*TINY, "--out", out, "--resume")
+    assert files(out) == before
+
+
+def test_records_of_an_epoch_whose_checkpoint_was_lost_are_made_again(tmp_path, refuse, printed):
+    "A crash after an epoch's metrics and before its checkpoint."
+    out, argv = tmp_path / "run", [*TINY, "--batch-size", 64, "--record-every", 1]
+    printed(*argv, "--out", out)
+    straight = [json.loads(line)["step"] for line in (out / "layers.jsonl").read_text().splitlines()]
+    assert straight == list(range(1, 9))
+    short = tmp_path / "short"
+    epoch, saved = pcnb.training.save_checkpoint, []
+    with pytest.MonkeyPatch.context() as patch:
+        def lost(path, *what):
+            if saved: raise KeyboardInterrupt
+            saved.append(epoch(path, *what))
+        patch.setattr(pcnb.training, "save_checkpoint", lost)
+        refuse(*argv, "--out", short, code=130)
+    assert len(read_metrics(short / "metrics.jsonl")) == 2
+    printed(*argv, "--out", short, "--resume")
+    assert [json.loads(line)["step"] for line in (short / "layers.jsonl").read_text().splitlines()] == straight
+
+
+@pytest.mark.parametrize("rule", ["pc", "ipc"])
+def test_the_plain_bidirectional_form_by_gradient_descent(rule, tmp_path, printed):
+    printed(*TINY, "--out", tmp_path / "run", "--epochs", 1, "--rule", rule, "--energy.alpha", 0.1, "--energy.no-difference", "inference:gradient-descent", "--inference.steps", 2)
+    assert summary(tmp_path / "run")["energy_ratio"] > 0
+
+
 def test_divergence_is_a_failure_of_its_own(tmp_path, refuse):
     assert "smaller learning rate" in refuse(*TINY, "--out", tmp_path / "run", "--optimiser.rate", "1e30", code=1)
 

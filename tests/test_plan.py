@@ -150,3 +150,10 @@ def test_a_folder_with_more_than_a_stopped_run_is_left_alone(capsys):
         with pytest.raises(SystemExit): main(["train", *RUN.split(), "--quiet", "--out", name])
         assert "is not empty" in capsys.readouterr().err
     assert Path("mine/thesis.txt").read_text() == "years of work" and "not a run" in Path("other/config.json").read_text()
+
+
+def test_a_setting_without_effect_is_the_same_run():
+    "A backward term of weight 0 is written down as none."
+    text = f"a {RUN} --energy.backward tied\n"
+    plan(text)
+    plan(text)

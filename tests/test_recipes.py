@@ -299,7 +299,7 @@ def test_report_refuses(tmp_path, capsys):
     assert "name at least one run" in refused()
     assert "has the seed 0 of another run" in refused(run, record(tmp_path / "copy"))
     assert "expected a name that ends in .png" in refused(run, "--figure", tmp_path / "curves.txt")
-    assert "is" in refused(tmp_path / "none") and "a run's folder?" in refused(tmp_path / "none")
+    assert "config.json does not exist; is" in refused(tmp_path / "none") and "a run's folder?" in refused(tmp_path / "none")
     (run / "summary.json").unlink()
     assert "summary.json does not exist" in refused(run)
 
