@@ -12,6 +12,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, States
@@ -42,8 +43,8 @@ def _per_layer(value, n, name):
     return tuple(value)
 
 def _check_weights(value, name):
-    for v in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(v, int | float) and not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
+    for v in value if isinstance(value, tuple | list) else np.ravel(value) if isinstance(value, np.ndarray) else (value,):
+        if isinstance(v, int | float | np.number) and not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
 
 # %% ../nbs/01_energy.ipynb 13
 class AbstractEnergy(eqx.Module):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 from .network import BATCH, InputError, PCNetwork, States, live
-from .energy import AbstractEnergy, ForwardEnergy, layer_energies
+from .energy import AbstractEnergy, ForwardEnergy, layer_energies, _check_weights
 
 # %% ../nbs/02_inference.ipynb 10
 class Problem(eqx.Module):
@@ -104,8 +104,7 @@ def _ratio(a, b):
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 def _check(**values):
-    for name, v in values.items():
-        if isinstance(v, int | float) and not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
+    for name, v in values.items(): _check_weights(v, name)
 
 # %% ../nbs/02_inference.ipynb 16
 class BatchProblem(Problem):
