@@ -251,7 +251,7 @@ def test_small_batches_make_the_step_of_a_large_one(rule, tmp_path, monkeypatch)
         np.testing.assert_allclose(four, one, atol=1e-4)
 
 
-@pytest.mark.parametrize("accumulate, rule, said", [(0, "pc", "accumulate is 0; expected at least 1"), (2, "ipc", "rule ipc steps the weights several times a batch; leave accumulate at 1")])
+@pytest.mark.parametrize("accumulate, rule, said", [(0, "pc", "accumulate is 0; expected 1 to 4"), (5, "backprop", "accumulate is 5; expected 1 to 4, the number of batches in an epoch"), (2, "ipc", "rule ipc steps the weights several times a batch; leave accumulate at 1")])
 def test_accumulation_that_cannot_be(accumulate, rule, said, tmp_path, monkeypatch):
     monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures())
     recipe = replace(RECIPES["mnist-mlp"], network=MLPSetting(4, 2), inference=GradientDescentSetting(), batch_size=8, accumulate=accumulate)
