@@ -157,7 +157,7 @@ def check(peer, what, want, child, folder, tolerance):
     from pcnb.bench import CheckFailed, relative_difference
     child.ask("check", str(folder / "found.npz"))
     with np.load(folder / "found.npz") as found:
-        off = {what: relative_difference([found[f"{what}{i}"] for i in range(len(w))], w) for what, w in want.items()}
+        off = {part: relative_difference([found[f"{part}{i}"] for i in range(len(w))], w) for part, w in want.items()}
     if not max(off.values()) <= tolerance:
         raise CheckFailed(f"{peer.name}'s {what} differs from pcnb's by {off}; expected at most {tolerance:.0e}. Nothing was timed.")
     return off
