@@ -247,7 +247,7 @@ def test_images_are_of_the_form_asked_for():
 
 @pytest.mark.parametrize("options, said", [
     ("--networks mpl3", "network 'mpl3' is unknown. There are tiny"),
-    ("--networks mlp4x0", "width"),
+    ("--networks mlp4x0", "width is 0; expected"),
     ("--arithmetic float16", "arithmetic 'float16' is unknown; did you mean 'bfloat16'"),
     ("--arithmetic bfloat16", "arithmetic is bfloat16, which tiny does not have; expected float32, or a vgg or resnet"),
     ("--inference newton", "inference 'newton' is unknown; expected a name like gn1x2"),
