@@ -30,6 +30,8 @@ train: $(READY) ## train a small network on the digits set; results in runs/digi
 
 # The workers share a GPU where there is one, so none of them may claim all its memory at the start.
 test: export XLA_PYTHON_CLIENT_PREALLOCATE ?= false
+# Nor may it round what it multiplies: the tests compare to float32.
+test: export JAX_DEFAULT_MATMUL_PRECISION ?= float32
 # Most of the time goes into compiling programs that run once: the machine code need not be fast, and what is compiled is kept.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax-cache

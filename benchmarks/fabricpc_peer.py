@@ -1,6 +1,6 @@
 """FabricPC, by the compiled training step that it offers for loops of one's own.
 
-    pcnb bench --networks mlp3 mlp16 --inference gd8 --against benchmarks/fabricpc_peer.py
+    pcnb bench --networks mlp4x512 mlp16 --inference gd8 --against benchmarks/fabricpc_peer.py
 
 Its `Linear` applies the activation after the linear map, so a node of one's own, which it provides for, applies GELU to what comes in. The output's
 precision is that of its Gaussian energy; gradients in the states are those of sums over the batch, in the weights of means.

@@ -1,6 +1,6 @@
 """jpc, by its discrete updates of states or of errors: as its examples call them, each compiled by itself, and all of a training step in one compiled function.
 
-    pcnb bench --networks mlp3 mlp16 --inference gd8 --against benchmarks/jpc_peer.py
+    pcnb bench --networks mlp4x512 mlp16 --inference gd8 --against benchmarks/jpc_peer.py
 
 jpc divides the energy by the batch size before it differentiates, in the states too, so the rate is multiplied by it. The output's precision is its
 `output_energy_scaling`. Not compared is its training step in one call: it integrates with an adaptive solver, and takes no output precision.

@@ -1,6 +1,6 @@
 """pcx, as its examples train: forward pass, unrolled inference and weight update in one compiled function, written for one example and mapped over the batch.
 
-    pcnb bench --networks mlp3 mlp16 --inference gd8 --against benchmarks/pcx_peer.py
+    pcnb bench --networks mlp4x512 mlp16 --inference gd8 --against benchmarks/pcx_peer.py
 
 The output's energy is pcx's squared error times the precision. Its gradients are sums over the batch, for the states as they are, for the weights
 scaled by the batch size, as in its examples. Version 0.6.3 needs a JAX before 0.5.

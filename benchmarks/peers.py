@@ -1,6 +1,6 @@
 """Other predictive-coding libraries beside pcnb, each with its own JAX in an environment and a process of its own.
 
-    pcnb bench --networks mlp3 mlp16 --inference gd8 --against benchmarks/pcx_peer.py        (or fabricpc_peer.py, or jpc_peer.py)
+    pcnb bench --networks mlp4x512 mlp16 --inference gd8 --against benchmarks/pcx_peer.py        (or fabricpc_peer.py, or jpc_peer.py)
 
 A file `NAME_peer.py` describes a library as a `Peer`, and says in `learner` how the library trains. It is read twice: by pcnb, which asks it for
 `opponents`, and by the Python of the environment, which runs it as a script; `serve` then answers commands from its standard input. Nothing that the second
@@ -133,7 +133,7 @@ def task(case, name):
         raise InputError(f"{name} is compared with ForwardEnergy, squared error and precision 1.")
     for i, f in enumerate(case.net.layers):
         if type(f) is not Dense or f.pool != 1 or f.activation is not (jax.nn.gelu if i else identity) or case.net.skips:
-            raise InputError(f"{name} is compared on chains of Dense with GELU before all but the first, such as mlp3 and mlp16; got {case.network}.")
+            raise InputError(f"{name} is compared on chains of Dense with GELU before all but the first, such as mlp4x512 and mlp16; got {case.network}.")
     one, stepper = jnp.ones(()), rule.inference.stepper
     rate = -float(stepper.update(one, stepper.init(one), one)[0])
     flat = lambda x: np.array(x).reshape(len(x), -1)

@@ -25,12 +25,13 @@ import tyro
 
 import peers
 from pcnb.augmentation import Shift
-from pcnb.bench import Case, bench_network, machine
+from pcnb.bench import Case, bench_network
 from pcnb.data import Scale, load
 from pcnb.energy import ForwardEnergy, SquaredError
 from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent
 from pcnb.learning import Backprop, PredictiveCoding
 from pcnb.network import InputError
+from pcnb.recipes import environment, now
 from pcnb.training import evaluate, fit
 
 EVERY, BATCH, RATES, SEEDS, LOSS = 24, 128, (1e-3, 3e-3), 3, SquaredError()
@@ -42,6 +43,7 @@ def energy(p): return ForwardEnergy(output_precision=p)
 OURS = {
     "backpropagation": Backprop(),
     "Gauss-Newton 1x1, output precision 0.03": PredictiveCoding(energy(0.03), GaussNewton(1, 1)),
+    "descent on errors, 1 step of 0.1, output precision 1": PredictiveCoding(energy(1.0), ErrorDescent(1, optax.sgd(0.1))),
     "descent on errors, 4 steps of 0.1, output precision 1": PredictiveCoding(energy(1.0), ErrorDescent(4, optax.sgd(0.1))),
     "descent on states, 16 steps of 0.1, output precision 0.1": PredictiveCoding(energy(0.1), GradientDescent(16, optax.sgd(0.1))),
 }
@@ -153,7 +155,7 @@ def main(
             child, versions, off = peer(name, way, inference, precision, data, scale, net)
             rows.append(row(way, describe(inference, precision), lambda rate, seed: theirs(child, data, scale, rate, seed, goal, steps, Path(folder)), goal, versions=versions, difference=off))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(dict(**machine(), goal=goal, epochs=epochs, network="mlp16", batch_size=BATCH, rows=rows), indent=1) + "\n")
+    out.write_text(json.dumps(dict(**environment(), taken=now(), goal=goal, epochs=epochs, network="mlp16", batch_size=BATCH, rows=rows), indent=1) + "\n")
     for r in rows: print(f"{r['framework']:10} {r['algorithm']:60} " + (f"{r['seconds']:6.2f} s (Adam {r['rate']:g})" if r["seconds"] else "not reached"))
 
 

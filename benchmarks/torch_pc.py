@@ -5,8 +5,8 @@
 Written as one would for speed. A batch is one tensor, images in channels_last. Everything but backpropagation runs without autograd: a
 layer is linearised once, as one elementwise factor (the activation's slope, and the choice of the maximum where it pools) before a linear map, and that
 serves all products with the Jacobian and its transpose; weight gradients are taken from inputs and errors directly. The only synchronisation is the
-guard's question whether an energy has risen. `Dense` and `Conv`, with a `MaxPool` before them or none, and identity skips are known, with squared error and
-the forward energy of precision 1.
+guard's question whether an energy has risen. `Dense` and `Conv`, after a `MaxPool` or none, `Dense` after a `GlobalAverage`, and skips without weights are
+known, with squared error and the forward energy of precision 1.
 Each case runs eagerly and with torch.compile (which needs a C++ compiler), and both must agree with pcnb before they are timed.
 """
 import time
@@ -21,7 +21,7 @@ from pcnb.bench import Case, CheckFailed, Contestant, check_batch, in_float64, r
 from pcnb.energy import ForwardEnergy, SquaredError
 from pcnb.inference import GaussNewton, GradientDescent, Sweep, wave
 from pcnb.learning import Backprop
-from pcnb.models import Chain, Conv, Dense, MaxPool
+from pcnb.models import Chain, Conv, Dense, GlobalAverage, MaxPool, PoolAndPad, identity
 from pcnb.network import InputError
 
 try:
@@ -34,13 +34,21 @@ except ImportError:
 torch._dynamo.config.recompile_limit = 256
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
+# JAX and torch compute on the same kind of device, both in float32: `pcnb bench` keeps JAX from TF32, these lines keep torch from it.
+DEVICE = "cpu" if jax.default_backend() == "cpu" else "cuda"
+if DEVICE == "cuda" and not torch.cuda.is_available(): raise InputError(f"JAX computes on {jax.devices()[0].device_kind}, torch sees no GPU; install torch with CUDA, or set JAX_PLATFORMS=cpu to compare both on the CPU.")
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
 TOLERANCE = 1e-4
 ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "identity": lambda x: x}
 
 
+def given(a): return torch.from_numpy(np.array(a)).to(DEVICE)
+
+
 def tensor(a):
     "An array of pcnb's as a tensor; images become (batch, channels, height, width), stored channels last."
-    t = torch.from_numpy(np.array(a))
+    t = given(a)
     return t.permute(0, 3, 1, 2) if t.ndim == 4 else t
 
 
@@ -65,24 +73,28 @@ def ratio(a, b): return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
 
 class Layer:
-    "One layer of a pcnb network: a maximum over windows before the activation or after it, then a linear map. `weight`, `bias`: its tensors, shared with nobody."
+    """One layer of a pcnb network: a maximum over windows before the activation or after it, or a mean over all pixels after it, then a linear map.
+    `weight`, `bias`: its tensors, shared with nobody."""
 
     def __init__(self, layer):
         parts = layer.parts if isinstance(layer, Chain) else (layer,)
-        self.first, layer = isinstance(parts[0], MaxPool), parts[-1]
-        if type(layer) not in (Dense, Conv) or len(parts) != 1 + self.first or self.first and layer.pool > 1:
-            raise InputError(f"benchmarks/torch_pc.py knows Dense and Conv layers, after one MaxPool or none; got {', '.join(type(f).__name__ for f in parts)}.")
-        self.pool = parts[0].size if self.first else layer.pool
+        self.first, self.mean, layer = isinstance(parts[0], MaxPool), isinstance(parts[0], GlobalAverage), parts[-1]
         self.conv, self.stride = isinstance(layer, Conv), getattr(layer, "stride", 1)
-        self.act = ACTIVATIONS[layer.activation.__name__]
-        weight = torch.from_numpy(np.array(layer.weight))
+        activation = parts[0].activation if self.mean else layer.activation
+        if (type(layer) not in (Dense, Conv) or len(parts) != 1 + self.first + self.mean or (self.first or self.mean) and layer.pool > 1
+                or self.mean and (self.conv or layer.activation is not identity)):
+            raise InputError(f"benchmarks/torch_pc.py knows Dense and Conv layers, after one MaxPool or none, and Dense after GlobalAverage; got {', '.join(type(f).__name__ for f in parts)}.")
+        self.pool = parts[0].size if self.first else layer.pool
+        self.act = ACTIVATIONS[activation.__name__]
+        weight = given(layer.weight)
         self.weight = weight.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last) if self.conv else weight
-        self.bias = torch.from_numpy(np.array(layer.bias))
+        self.bias = given(layer.bias)
 
     def before(self, x):
         "What the linear map sees: the state after activation and pooling."
         if self.first: return self.act(F.max_pool2d(x, self.pool))
         a = self.act(x)
+        if self.mean: return a.mean((2, 3))
         return a if self.pool == 1 else F.max_pool2d(a, self.pool)
 
     def _pads(self, shape):
@@ -106,6 +118,7 @@ class Layer:
             top = F.max_pool2d(x, self.pool)
             return self._repeat(self._activate(top)[1], x) * self._share(x, top)
         a, slope = self._activate(x)
+        if self.mean: return slope / slope[0, 0].numel()
         return slope if self.pool == 1 else slope * self._share(a, F.max_pool2d(a, self.pool))
 
     def _activate(self, x):
@@ -128,14 +141,19 @@ class Layer:
     def push(self, factor, t):
         "Jacobian times the tangent `t` of the state before."
         t = factor * t
+        if self.mean: t = t.sum((2, 3))
         return self.linear(t if self.pool == 1 else self._sum(t))
 
     def pull(self, factor, u):
         "Transposed Jacobian times `u`, of the shape of the state after."
         pooled = (*factor.shape[:2], *(n // self.pool for n in factor.shape[2:])) if factor.ndim == 4 else factor.shape
-        if self.conv:
-            if self.stride > 1: raise InputError("benchmarks/torch_pc.py takes strides in the first layer only.")
-            v = torch.nn.grad.conv2d_input(pooled, self.weight, u, padding=self.weight.shape[-1] // 2)
+        if self.mean: v = (u @ self.weight)[:, :, None, None]
+        elif self.conv:
+            (top, bottom), (left, right) = self._pads(pooled)
+            if (top, left) == (bottom, right): v = torch.nn.grad.conv2d_input(pooled, self.weight, u, self.stride, (top, left))
+            else:
+                n, c, h, w = pooled
+                v = torch.nn.grad.conv2d_input((n, c, h + top + bottom, w + left + right), self.weight, u, self.stride)[:, :, top:top + h, left:left + w]
         else: v = like(u @ self.weight, factor if self.pool == 1 else torch.empty(pooled, device="meta"))
         if self.pool > 1:
             v = F.interpolate(v, scale_factor=self.pool, mode="nearest")
@@ -152,22 +170,39 @@ class Layer:
         return torch.nn.grad.conv2d_weight(a, self.weight.shape, u, self.stride, (top, left) if even else 0), u.sum((0, 2, 3))
 
 
+class Path:
+    "The module of a skip, which is linear: the identity, or a mean over windows and new channels of zeros."
+
+    def __init__(self, module):
+        if not isinstance(module, eqx.nn.Identity | PoolAndPad): raise InputError(f"benchmarks/torch_pc.py knows skips without weights; got {type(module).__name__}.")
+        self.size, self.channels = (1, None) if isinstance(module, eqx.nn.Identity) else (module.size, module.channels)
+
+    def __call__(self, x):
+        if self.channels is None: return x
+        return F.pad(F.avg_pool2d(x, self.size), (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+    def pull(self, u, channels):
+        "The transposed map of `u`, to so many channels."
+        if self.channels is None: return u
+        return F.interpolate(u[:, :channels], scale_factor=self.size, mode="nearest") / self.size**2
+
+
 class Network:
     "The layers of a pcnb network."
 
     def __init__(self, net):
-        if any(not isinstance(s.module, eqx.nn.Identity) for s in net.skips): raise InputError("benchmarks/torch_pc.py knows identity skips only.")
         self.layers, self.waves = [Layer(f) for f in net.layers], wave(net)
-        self.into = [[s.src for s in net.skips if s.dst == l + 1] for l in range(net.depth)]  # states that are added to a layer's output
-        self.out_of = [[s.dst for s in net.skips if s.src == l] for l in range(net.depth)]    # states that a state is added to
+        skips = [(s.src, s.dst, Path(s.module)) for s in net.skips]
+        self.into = [[(src, path) for src, dst, path in skips if dst == l + 1] for l in range(net.depth)]  # states that are added to a layer's output
+        self.out_of = [[(dst, path) for src, dst, path in skips if src == l] for l in range(net.depth)]    # states that a state is added to
 
     def predict(self, l, states):
         "What layer `l`, counted from 0, and the skips predict for state `l` + 1."
-        return sum((states[k] for k in self.into[l]), self.layers[l](states[l]))
+        return sum((path(states[k]) for k, path in self.into[l]), self.layers[l](states[l]))
 
     def pull(self, l, factor, adjoints):
         "Transposed Jacobian of all that state `l` predicts, times the adjoints of the states (by their number)."
-        return sum((adjoints[k] for k in self.out_of[l]), self.layers[l].pull(factor, adjoints[l + 1]))
+        return sum((path.pull(adjoints[k], factor.shape[1]) for k, path in self.out_of[l]), self.layers[l].pull(factor, adjoints[l + 1]))
 
     def parameters(self): return [p for f in self.layers for p in (f.weight, f.bias)]
 
@@ -219,7 +254,7 @@ class NewtonSteps(Inference):
         def A(v):
             tangents = [None, v[0]]  # of the states: the input has none
             for l in range(1, n + 1):
-                t = sum((tangents[k] for k in net.into[l] if k), net.layers[l].push(factors[l], tangents[l]))
+                t = sum((path(tangents[k]) for k, path in net.into[l] if k), net.layers[l].push(factors[l], tangents[l]))
                 tangents.append(t + v[l] if l < n else t)
             return tangents[-1]
 
@@ -294,7 +329,7 @@ class StateSteps(Inference):
             errors = [None, *eps, self.p * (y - states[-1])]     # of the states
             moved = {i + 1: states[i + 1] - rate * (eps[i] - net.pull(i + 1, net.layers[i + 1].linearise(states[i + 1]), errors)) for i in active}
             states = [moved.get(i, s) for i, s in enumerate(states)]
-            eps = self._errors(states, eps, {i for i in range(n) if {i, i + 1, *net.into[i]} & set(moved)}, first)
+            eps = self._errors(states, eps, {i for i in range(n) if {i, i + 1, *(k for k, _ in net.into[i])} & set(moved)}, first)
             states[-1] = net.predict(n, states)
         return out, states, eps
 
@@ -306,7 +341,7 @@ class StateSteps(Inference):
             errors = [None, *eps, self.p * (y - states[-1])]
             for i in reversed(range(n)):
                 s = states[i + 1]
-                for k in net.out_of[i + 1]: errors[k] = self.p * (y - net.predict(n, states)) if k > n else states[k] - net.predict(k - 1, states)  # moved by states between
+                for k, _ in net.out_of[i + 1]: errors[k] = self.p * (y - net.predict(n, states)) if k > n else states[k] - net.predict(k - 1, states)  # moved by states between
                 step = self.algorithm.rate * (eps[i] - net.pull(i + 1, net.layers[i + 1].linearise(s), errors))
                 states[i + 1], errors[i + 1] = s - step, eps[i] - step
             eps = self._errors(states, eps, set(range(n)), first)
@@ -356,7 +391,7 @@ def reference(case):
 
 def difference(case, rule, want):
     "Largest differences of states and weight gradients from pcnb's, on the batch for checks."
-    back = lambda *order: lambda t: (t.permute(*order) if t.ndim == 4 else t).numpy()
+    back = lambda *order: lambda t: (t.permute(*order) if t.ndim == 4 else t).cpu().numpy()
     _, states, gradients = rule.gradients(*map(tensor, check_batch(case.x, case.y)))
     got = list(map(back(0, 2, 3, 1), states)), list(map(back(2, 3, 1, 0), gradients))
     return {what: relative_difference(a, b) for what, a, b in zip(("states", "gradients"), got, want, strict=True)}
@@ -388,9 +423,10 @@ def check(case, rule, want, exact):
 def shifted(images, pixels):
     "Each image moved by whole pixels; zeros come in."
     n, h, w, _ = images.shape
-    padded, moves = F.pad(images, (0, 0, pixels, pixels, pixels, pixels)), torch.randint(0, 2 * pixels + 1, (2, n))
-    rows, columns = moves[0][:, None] + torch.arange(h), moves[1][:, None] + torch.arange(w)
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    padded, moves = F.pad(images, (0, 0, pixels, pixels, pixels, pixels)), torch.randint(0, 2 * pixels + 1, (2, n), device=DEVICE)
+    count = partial(torch.arange, device=DEVICE)
+    rows, columns = moves[0][:, None] + count(h), moves[1][:, None] + count(w)
+    return padded[count(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def contestant(case, want, exact, framework, compiled):
@@ -402,11 +438,12 @@ def contestant(case, want, exact, framework, compiled):
         if x.ndim == 4: x = x.contiguous(memory_format=torch.channels_last)
         start = time.perf_counter()
         rule.gradients(x, y)
+        if DEVICE == "cuda": torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         off = check(case, rule, want, exact)
-    mean, std = (torch.from_numpy(np.array(m)) for m in case.data.moments())
-    train, labels = torch.from_numpy(case.data.train_images), torch.from_numpy(case.data.train_labels).long()
-    test, test_labels = torch.from_numpy(case.data.test_images), torch.from_numpy(case.data.test_labels).long()
+    mean, std = map(given, case.data.moments())
+    train, labels, test, test_labels = map(given, (case.data.train_images, case.data.train_labels, case.data.test_images, case.data.test_labels))
+    labels, test_labels = labels.long(), test_labels.long()
     inputs = lambda images: ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
     def update(x, y):
@@ -417,15 +454,16 @@ def contestant(case, want, exact, framework, compiled):
     def step(n):
         with grad:
             for _ in range(n): update(x, y)
+            if DEVICE == "cuda": torch.cuda.synchronize()
 
     def epoch():
         with grad:
-            order, seen = torch.randperm(len(train)), torch.zeros(2)
+            order, seen = torch.randperm(len(train), device=DEVICE), torch.zeros(2, device=DEVICE)
             for i in range(0, len(train) - len(x) + 1, len(x)):
                 index = order[i:i + len(x)]
                 out = update(inputs(shifted(train[index], case.augment.pixels)), F.one_hot(labels[index], 10).float())
                 seen += torch.stack([(out.argmax(1) == labels[index]).sum(), 0.5 * ((out - F.one_hot(labels[index], 10)) ** 2).sum()])
-            score = torch.zeros(3)
+            score = torch.zeros(3, device=DEVICE)
             for i in range(0, len(test), 500):
                 out, label = rule.net.forward(inputs(test[i:i + 500]))[-1], test_labels[i:i + 500]
                 ranked = out.topk(5).indices == label[:, None]

@@ -5,14 +5,12 @@
 # %% auto 0
 __all__ = ['BENCH_NETWORKS', 'bench_network', 'bench_images', 'bench_inference', 'bench_rule', 'count_flops', 'Work',
            'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'in_float64', 'CheckFailed',
-           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'machine',
-           'bench', 'bench_table', 'bench_figure', 'Bench', 'load_opponents']
+           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench',
+           'bench_table', 'bench_figure', 'Bench', 'load_opponents']
 
 # %% ../nbs/12_bench.ipynb 3
-import datetime
 import json
 import os
-import platform
 import re
 import runpy
 import statistics
@@ -39,23 +37,24 @@ from .augmentation import Shift
 from .data import Dataset, Scale
 from .training import fit, loops_well
 from .memory import keep_memory
-from .recipes import RECIPES, _commit, _versions, _write_json
+from .recipes import RECIPES, _write_json, environment, now
 
 # %% ../nbs/12_bench.ipynb 6
+def _perceptron(depth, width=128): return (28, 28, 1), partial(models.mlp, depth=int(depth), width=int(width))
+
 BENCH_NETWORKS: dict[str, tuple] = {
-    "mlp3": ((28, 28, 1), partial(models.mlp, width=512, depth=4)),    # 784-512-512-512-10
-    **{f"mlp{depth}": ((28, 28, 1), partial(models.mlp, width=128, depth=depth)) for depth in (8, 16, 32, 64, 128)},
+    "mlp16": _perceptron(16), "mlp4x512": _perceptron(4, 512), # and any other depth and width
     "cnn": ((28, 28, 1), lambda in_shape, classes, key: RECIPES["mnist-cnn"].network.build(in_shape, classes, key)),
 } | {name: ((32, 32, 3), build) for name, build in vars(models).items() if re.fullmatch(r"(vgg|resnet)\d+", name)}
 
 def bench_network(
-    name: str, # mlp3, with width 512; mlp8 to mlp128, with width 128; mlp16x256: 16 layers of width 256; cnn; or a vgg or resnet of `pcnb.models`
+    name: str, # mlp16: 16 layers of width 128; mlp4x512: 4 layers of width 512; cnn; or a vgg or resnet of `pcnb.models`
     seed: int = 0,
     arithmetic: str = "float32", # of convolutions; bfloat16 for a vgg or resnet
 ) -> PCNetwork: # ten classes
     "The network of this name with fresh weights. Raises `InputError` for another name, or an arithmetic that the network does not have."
-    if found := re.fullmatch(r"mlp(\d+)x(\d+)", name): in_shape, build = (28, 28, 1), partial(models.mlp, depth=int(found[1]), width=int(found[2]))
-    else: in_shape, build = choose("network", name, BENCH_NETWORKS)
+    found = re.fullmatch(r"mlp(\d+)(?:x(\d+))?", name)
+    in_shape, build = _perceptron(*found.groups("128")) if found else choose("network", name, BENCH_NETWORKS)
     if choose("arithmetic", arithmetic, ("float32", "bfloat16")) == "bfloat16":
         if not name.startswith(("vgg", "resnet")): raise InputError(f"arithmetic is bfloat16, which {name} does not have; expected float32, or a vgg or resnet.")
         build = partial(build, conv=partial(models.Conv, arithmetic=arithmetic))
@@ -368,10 +367,10 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progres
     return rows
 
 # %% ../nbs/12_bench.ipynb 39
-def machine() -> dict:
-    "What figures are of: device, cores, versions, commit and time."
-    return dict(device=str(jax.devices()[0].device_kind), platform=jax.default_backend(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                machine=platform.machine(), versions=_versions(), commit=_commit(), taken=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+def _exact_products():
+    "On a GPU float32 matrices are multiplied in float32, not in TF32, unless JAX's own setting says otherwise."
+    own = None if jax.default_backend() == "cpu" else "float32"
+    return jax.default_matmul_precision(jax.config.jax_default_matmul_precision or own)
 
 def bench(
     networks: Sequence[str],
@@ -394,20 +393,21 @@ def bench(
         if not given: raise InputError(f"{name} is empty; give at least one.")
     if len({n.startswith("mlp") for n in networks}) > 1: raise InputError(f"networks is {' '.join(networks)}; convolutions need memory that is kept, which slows perceptrons down (notebook 08b): measure them in a run of their own.")
     if epoch_examples and epoch_examples < max(batch_sizes): raise InputError(f"epoch_examples is {epoch_examples}; expected 0, or at least the batch size {max(batch_sizes)}.")
-    nets = {name: {a: bench_network(name, arithmetic=a) for a in arithmetic} for name in networks}
-    names = list(dict.fromkeys(["backprop", *inference]))
-    rows, peak = [], matmul_peak()
-    for name, forms in nets.items():
-        net = forms[arithmetic[0]]
-        rules = {r: bench_rule(r, net) for r in names}
-        for batch in batch_sizes:
-            data, work = bench_images(net.shapes[0], max(epoch_examples, batch)), count_work(net, batch)
-            x = jax.vmap(Scale(*data.moments()))(jnp.asarray(data.train_images[:batch]))
-            y = jax.nn.one_hot(data.train_labels[:batch], 10)
-            cases = [Case(name, net, r, rule, x, y, data, Shift(2), a) for a, net in forms.items() for r, (rule, _) in rules.items()]
-            least = {r: work.least(passes) for r, (_, passes) in rules.items()}
-            rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0, progress)
-    return dict(**machine(), peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
+    with _exact_products():
+        nets = {name: {a: bench_network(name, arithmetic=a) for a in arithmetic} for name in networks}
+        names = list(dict.fromkeys(["backprop", *inference]))
+        rows, peak = [], matmul_peak()
+        for name, forms in nets.items():
+            net = forms[arithmetic[0]]
+            rules = {r: bench_rule(r, net) for r in names}
+            for batch in batch_sizes:
+                data, work = bench_images(net.shapes[0], max(epoch_examples, batch)), count_work(net, batch)
+                x = jax.vmap(Scale(*data.moments()))(jnp.asarray(data.train_images[:batch]))
+                y = jax.nn.one_hot(data.train_labels[:batch], 10)
+                cases = [Case(name, net, r, rule, x, y, data, Shift(2), a) for a, net in forms.items() for r, (rule, _) in rules.items()]
+                least = {r: work.least(passes) for r, (_, passes) in rules.items()}
+                rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0, progress)
+        return dict(**environment(), taken=now(), peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
 
 # %% ../nbs/12_bench.ipynb 41
 _COLUMNS = {  # heading -> text of a row, or None where a row has nothing to say
@@ -477,7 +477,7 @@ class Bench:
 
     Each step is checked before it is timed, and all take turns. Another framework joins by a Python file with a function `opponents(case)`, for example benchmarks/torch_pc.py.
     """
-    networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}, or mlp16x256: 16 layers of width 256.")] = ("mlp3",)
+    networks: Annotated[tuple[str, ...], arg(help=f"Of {', '.join(BENCH_NETWORKS)}; an mlp can have any depth and width.")] = ("mlp4x512",)
     batch_sizes: Annotated[tuple[int, ...], arg(help="Examples a step.")] = (128,)
     arithmetic: Annotated[tuple[str, ...], arg(help="Of convolutions: float32, bfloat16, or both.")] = ("float32",)
     inference: Annotated[tuple[str, ...], arg(help="gn1x2: Gauss-Newton 1 x 2; gd8: gradient descent, 8 steps; ed8: the same on errors; sweep; gn1x2b: with the bidirectional energy, gn1x2t: with tied backward predictions.")] = ("gn1x1", "gn1x2", "gn2x2", "gd8", "sweep")

@@ -496,6 +496,16 @@ def _versions():
         except PackageNotFoundError: return None
     return {"python": platform.python_version()} | {n: of(n) for n in ("pcnb", "jax", "jaxlib", "equinox", "optax", "numpy")}
 
+def now() -> str: # ISO 8601, in seconds
+    "The time, for a record."
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+def environment() -> dict:
+    "Where a figure comes from: device, platform, cores, how float32 matrices are multiplied (None: as the device prefers), versions, commit."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(device=str(jax.devices()[0].device_kind), platform=jax.default_backend(), machine=platform.machine(), cores=cores,
+                matmul_precision=jax.config.jax_default_matmul_precision, versions=_versions(), commit=_commit())
+
 def _write_json(path, values):
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(values, indent=1, default=lambda v: v.item()) + "\n")
@@ -570,9 +580,7 @@ def train(
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data, seed)
     if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
     if recipe.accumulate > 1: optimiser = optax.MultiSteps(optimiser, recipe.accumulate).gradient_transformation()
-    config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, device=str(jax.devices()[0].device_kind),
-                  platform=jax.default_backend(), cores=os.cpu_count(), versions=_versions(), commit=_commit(),
-                  started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, **environment(), started=now())
     if overwrite and (out / "config.json").exists(): _try(net, learning, augment, scale, data, recipe)
     resume = _claim(out, config, overwrite, resume)
     if resume: config = _read_json(out / "config.json")

@@ -174,13 +174,19 @@ def test_spread_is_of_the_values(): assert spread([4, 1, 3, 2, 5]) == dict(media
 
 # The whole
 
+@pytest.mark.parametrize("backend, setting, expected", [("gpu", None, "float32"), ("cpu", None, None), ("gpu", "tensorfloat32", "tensorfloat32")])
+def test_float32_is_not_tf32(monkeypatch, backend, setting, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.default_matmul_precision(setting), bench_module._exact_products(): assert jax.config.jax_default_matmul_precision == expected
+
+
 def test_rows_table_and_json(tiny, tmp_path, capsys):
     out = tmp_path / "speed" / "b.json"
     main(["bench", "--networks", "tiny", "--batch-sizes", "4", "8", "--inference", "gn1x1", "--repetitions", "3", "--epoch-examples", "24", "--epoch-repetitions", "1", "--out", str(out)])
     text = capsys.readouterr().out
     result = json.loads(out.read_text())
     assert [(r["network"], r["batch_size"], r["framework"], r["rule"]) for r in result["rows"]] == [("tiny", b, "pcnb", n) for b in (4, 8) for n in ("backprop", "gn1x1")]
-    assert result["versions"]["jax"] == jax.__version__ and {"device", "platform", "cores", "commit", "taken", "peak_flops_per_second", "epoch_examples"} <= result.keys()
+    assert result["versions"]["jax"] == jax.__version__ and {"matmul_precision", "device", "platform", "cores", "commit", "taken", "peak_flops_per_second", "epoch_examples"} <= result.keys()
     for r in result["rows"]:
         t = r["step_seconds"]
         assert 0 < t["q1"] <= t["median"] <= t["q3"] and r["against_pcnb"] == 1 and r["difference"] <= 1e-4
