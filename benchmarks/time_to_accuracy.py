@@ -25,7 +25,7 @@ import tyro
 
 import peers
 from pcnb.augmentation import Shift
-from pcnb.bench import Case, bench_network
+from pcnb.bench import Case, bench_network, exact_products
 from pcnb.data import Scale, load
 from pcnb.energy import ForwardEnergy, SquaredError
 from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent
@@ -149,11 +149,12 @@ def main(
     except InputError as e: raise SystemExit(str(e))
     scale, net = Scale(*data.moments()), bench_network("mlp16")
     steps = epochs * (len(data.train_labels) // BATCH)
-    rows = [row("pcnb", name, lambda rate, seed: ours(rule, data, scale, net, rate, seed, goal, steps), goal) for name, rule in OURS.items()]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, way, inference, precision in THEIRS:
-            child, versions, off = peer(name, way, inference, precision, data, scale, net)
-            rows.append(row(way, describe(inference, precision), lambda rate, seed: theirs(child, data, scale, rate, seed, goal, steps, Path(folder)), goal, versions=versions, difference=off))
+    with exact_products():
+        rows = [row("pcnb", name, lambda rate, seed: ours(rule, data, scale, net, rate, seed, goal, steps), goal) for name, rule in OURS.items()]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, way, inference, precision in THEIRS:
+                child, versions, off = peer(name, way, inference, precision, data, scale, net)
+                rows.append(row(way, describe(inference, precision), lambda rate, seed: theirs(child, data, scale, rate, seed, goal, steps, Path(folder)), goal, versions=versions, difference=off))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(dict(**environment(), taken=now(), goal=goal, epochs=epochs, network="mlp16", batch_size=BATCH, rows=rows), indent=1) + "\n")
     for r in rows: print(f"{r['framework']:10} {r['algorithm']:60} " + (f"{r['seconds']:6.2f} s (Adam {r['rate']:g})" if r["seconds"] else "not reached"))

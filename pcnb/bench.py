@@ -5,8 +5,8 @@
 # %% auto 0
 __all__ = ['BENCH_NETWORKS', 'bench_network', 'bench_images', 'bench_inference', 'bench_rule', 'count_flops', 'Work',
            'count_work', 'Program', 'compile_step', 'relative_difference', 'check_batch', 'in_float64', 'CheckFailed',
-           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak', 'bench',
-           'bench_table', 'bench_figure', 'Bench', 'load_opponents']
+           'check_step', 'take_turns', 'spread', 'paired', 'Case', 'Contestant', 'contestant', 'matmul_peak',
+           'exact_products', 'bench', 'bench_table', 'bench_figure', 'Bench', 'load_opponents']
 
 # %% ../nbs/12_bench.ipynb 3
 import json
@@ -367,8 +367,8 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progres
     return rows
 
 # %% ../nbs/12_bench.ipynb 39
-def _exact_products():
-    "On a GPU float32 matrices are multiplied in float32, not in TF32, unless JAX's own setting says otherwise."
+def exact_products():
+    "A context in which a GPU multiplies float32 matrices in float32, not in TF32, unless JAX's own setting says otherwise."
     own = None if jax.default_backend() == "cpu" else "float32"
     return jax.default_matmul_precision(jax.config.jax_default_matmul_precision or own)
 
@@ -393,7 +393,7 @@ def bench(
         if not given: raise InputError(f"{name} is empty; give at least one.")
     if len({n.startswith("mlp") for n in networks}) > 1: raise InputError(f"networks is {' '.join(networks)}; convolutions need memory that is kept, which slows perceptrons down (notebook 08b): measure them in a run of their own.")
     if epoch_examples and epoch_examples < max(batch_sizes): raise InputError(f"epoch_examples is {epoch_examples}; expected 0, or at least the batch size {max(batch_sizes)}.")
-    with _exact_products():
+    with exact_products():
         nets = {name: {a: bench_network(name, arithmetic=a) for a in arithmetic} for name in networks}
         names = list(dict.fromkeys(["backprop", *inference]))
         rows, peak = [], matmul_peak()

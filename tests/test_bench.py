@@ -177,7 +177,7 @@ def test_spread_is_of_the_values(): assert spread([4, 1, 3, 2, 5]) == dict(media
 @pytest.mark.parametrize("backend, setting, expected", [("gpu", None, "float32"), ("cpu", None, None), ("gpu", "tensorfloat32", "tensorfloat32")])
 def test_float32_is_not_tf32(monkeypatch, backend, setting, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    with jax.default_matmul_precision(setting), bench_module._exact_products(): assert jax.config.jax_default_matmul_precision == expected
+    with jax.default_matmul_precision(setting), bench_module.exact_products(): assert jax.config.jax_default_matmul_precision == expected
 
 
 def test_rows_table_and_json(tiny, tmp_path, capsys):
