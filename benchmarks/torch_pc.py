@@ -448,7 +448,7 @@ def contestant(case, want, exact, framework, compiled):
 
     def update(x, y):
         out, _, gradients = rule.gradients(x, y)
-        torch._foreach_add_(rule.net.parameters(), list(gradients), alpha=-1e-3)
+        torch._foreach_add_(rule.net.parameters(), list(gradients), alpha=-case.rate)
         return out
 
     def step(n):
