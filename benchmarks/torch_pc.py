@@ -408,14 +408,15 @@ def difference64(case):
 def check(case, rule, want, exact):
     """Differences from pcnb's `want`. Raises `CheckFailed` above the tolerance.
 
-    A state minus its prediction loses in float32 what is small in it, and where the lowest layers' errors are, both frameworks lose it differently. What is
-    above the tolerance for that must agree in float64, which `exact()` tells; and states to a hundred times the tolerance in float32 as well.
+    A state minus its prediction loses in float32 what is small in it, and where the lowest layers' errors are, both frameworks lose it differently; and a maximum
+    between two pixels that differ by less than float32's rounding falls to either (VGG5 has such a pair). What is above the tolerance for that must agree in
+    float64, which `exact()` tells; and states to a thousand times the tolerance in float32 as well.
     """
     off = difference(case, rule, want)
     if max(off.values()) <= TOLERANCE: return off
     wide = exact()
-    if not (off["states"] <= 100 * TOLERANCE and max(wide.values()) <= 1e-9):
-        raise CheckFailed(f"torch's {case.name} on {case.network} differs from pcnb's by {off | wide}; expected at most {TOLERANCE:.0e}, or 1e-09 in float64 and {100 * TOLERANCE:.0e} of states. Nothing was timed.")
+    if not (off["states"] <= 1000 * TOLERANCE and max(wide.values()) <= 1e-9):
+        raise CheckFailed(f"torch's {case.name} on {case.network} differs from pcnb's by {off | wide}; expected at most {TOLERANCE:.0e}, or 1e-09 in float64 and {1000 * TOLERANCE:.0e} of states. Nothing was timed.")
     return off | wide
 
 
