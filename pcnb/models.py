@@ -383,32 +383,36 @@ def airnet(
     classes: int, # size of the output
     width: int | Sequence[int] = 64, # channels of the first of three blocks, the others with four times as many; or of every block
     patch: int = 32, # channels of the first, 2x2 convolution; a multiple of 32 is fast (notebook 00b); 0: none, for an input that is patches already
+    convolutions: int = 2, # of each block; from three on, an identity skip leads past all but the first
     activation: Callable = jax.nn.gelu,
     norm: Callable | None = layer_norm, # norm(channels) -> a part of a layer
     conv: Callable = Conv, # Conv or StandardisedConv
     output_gain: float = 0.1, # factor on the output layer's initial weights
     *, key: Array,
 ) -> PCNetwork:
-    """A small fast network in the spirit of airbench: a 2x2 convolution, three blocks of convolution, pooling by 2, convolution, and a dense layer on the maximum over what is left.
+    """A small fast network in the spirit of airbench: a 2x2 convolution, three blocks of convolution, pooling by 2, convolution (or more, with a skip), and a dense layer on the maximum over what is left.
 
-    Pooling ends a layer, so that no state is larger than what the next layer reads. Raises `InputError` as `vgg`, and for a negative `patch`. Reference: Jordan 2024, arXiv:2404.00498,
+    Pooling ends a layer, so that no state is larger than what the next layer reads. Raises `InputError` as `vgg`, for a negative `patch`, and for fewer than 2 `convolutions`. Reference: Jordan 2024, arXiv:2404.00498,
     with `norm=None, conv=BatchNormConv` and, for its fixed first layer, `patch=0` on the patches of `whiten` (notebook 07).
     """
     widths = _stages(width, (1, 4, 4) if isinstance(width, int) else (1,) * len(width))
     _check_sizes(**{"the number of widths": len(widths)})
     _check_image(in_shape, classes=classes, **{"patch": patch} if patch else {})
-    keys = iter(jax.random.split(key, 2 * len(widths) + 2))
+    if convolutions < 2: raise InputError(f"convolutions is {convolutions}; expected at least 2, one before and one behind the pooling of each block.")
+    keys = iter(jax.random.split(key, convolutions * len(widths) + 2))
     n, side = patch or in_shape[-1], in_shape[:2]
-    layers = [conv(in_shape[-1], patch, 2, key=next(keys))] if patch else []
+    layers, skips = [conv(in_shape[-1], patch, 2, key=next(keys))] if patch else [], []
     for i, m in enumerate(widths):
         side = _pooled(side, 2)
-        last = min(side) if i + 1 == len(widths) else 1
         layers.append(_parts(norm(n) if norm and i else None, conv(n, m, 3, activation, key=next(keys)), MaxPool(2)))
-        layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), MaxPool(last) if last > 1 else None))
+        if convolutions > 2: skips.append(Skip(len(layers), len(layers) + convolutions - 1))
+        for j in range(convolutions - 1):
+            ends = i + 1 == len(widths) and not skips and min(side) > 1  # a skip ends at the whole image
+            layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), MaxPool(min(side)) if ends else None))
         n = m
-    rest = (side[0] // last) * (side[1] // last) * n
-    layers.append(_parts(norm(n) if norm else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
-    return PCNetwork(layers, in_shape)
+    rest = (side[0] // min(side)) * (side[1] // min(side)) * n
+    layers.append(_parts(norm(n) if norm else None, MaxPool(min(side)) if skips and min(side) > 1 else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
+    return PCNetwork(layers, in_shape, skips)
 
 # %% ../nbs/06_models.ipynb 46
 class PoolAndPad(eqx.Module):

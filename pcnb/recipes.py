@@ -110,6 +110,8 @@ class ImageNetworkSetting:
     """Type to which convolutions round what they multiply; weights, states and (on a CPU) sums are float32 (notebook 00b)."""
     whiten: bool = False
     """Whitened patches as input in place of pixels (notebook 07); airnet then has no 2x2 convolution."""
+    convolutions: int = 2
+    """Of each block of airnet; from three on, an identity skip leads past all but the first."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
@@ -118,8 +120,10 @@ class ImageNetworkSetting:
         first = {"patch": 0} if self.whiten and self.model == "airnet" else {}
         pool = {"pool": choose("pool", self.pool, POOLS)} if self.pool != "max" else {}
         if pool and not self.model.startswith("vgg") and self.model != "resnet9": raise InputError(f"pool is {self.pool!r}, but {self.model} has no choice of its pooling; leave the option out, or choose vgg5 to vgg10 or resnet9.")
+        if self.convolutions != 2 and self.model != "airnet": raise InputError(f"convolutions is {self.convolutions}, but {self.model} has no choice of them; leave the option out, or choose airnet.")
+        deeper = {"convolutions": self.convolutions} if self.convolutions != 2 else {}
         norm, conv = choose("norm", self.norm, NORMS)
-        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, key=key)
+        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **deeper, key=key)
 
 # %% ../nbs/10_recipes.ipynb 10
 @dataclass(frozen=True)
@@ -423,6 +427,12 @@ def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True
     recipe = _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), augment, epochs, 128, 0.03, width=width, norm="batch", whiten=whiten)
     return dataclasses.replace(recipe, joint=True)
 
+def _deep(dataset, epochs, width=(), cutout=8, batch_size=128):
+    "The same with three convolutions and a skip in each block, for more epochs; rate and decay grow with the root of the batch."
+    recipe, root = _fast(dataset, epochs, width, 4, cutout), (batch_size / 128) ** 0.5
+    return dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, convolutions=3), energy=dataclasses.replace(recipe.energy, output_precision=0.01),
+                               optimiser=MuonSetting(2e-2 * root, warmup=0.1, weight_decay=0.1 * root), batch_size=batch_size)
+
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
     "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
@@ -437,9 +447,11 @@ RECIPES: dict[str, Recipe] = {
         _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), 4, 128, width=(32,), norm="batch", pool="average"),
         inference=GaussNewtonSetting(2, 3), energy=EnergySetting("cross-entropy", output_precision=2.0, alpha=0.04), joint=True, train_examples=10_000),
     "cifar10-cpu": _fast("cifar10", 8),
-    "cifar10-gpu": _fast("cifar10", 20, (128, 384, 384), crop=4, cutout=12),
+    "cifar10-deep": _deep("cifar10", 16),
+    "cifar10-gpu": _deep("cifar10", 20, (128, 384, 384), 12, 512),
     "cifar100-cpu": _fast("cifar100", 10),
-    "cifar100-gpu": _fast("cifar100", 30, (128, 384, 512), crop=4, cutout=12),
+    "cifar100-deep": _deep("cifar100", 16),
+    "cifar100-gpu": _deep("cifar100", 30, (128, 384, 512), 12, 512),
     "tiny-imagenet-cpu": _fast("tiny_imagenet", 5, (64, 128, 256, 256), crop=4),
     "tiny-imagenet-gpu": _fast("tiny_imagenet", 40, (128, 256, 512, 512), crop=8, cutout=16),
     "cifar10-resnet9": _image("cifar10", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=30),

@@ -42,8 +42,9 @@ def _take(images, index):
 def _score_batch(net, scale, loss, images, labels, index, real):
     out, labels = jax.vmap(lambda image: net(scale(image)))(_take(images, index)), labels[index]
     own, index = jnp.take_along_axis(out, labels[:, None], 1), jnp.arange(out.shape[1])[None]
-    behind = (out < own) | ((out == own) & (index >= labels[:, None]))  # ties go to the first, as in argmax; NaN is behind nothing
-    rank = jnp.sum(~behind, 1)  # how many outputs beat the label's
+    behind = (out < own) | ((out == own) & (index > labels[:, None]))  # ties go to the first, as in argmax; NaN is behind nothing
+    itself = (index == labels[:, None]) & (own == own)  # by its place: a compiler may compute `own` once more, and round it otherwise
+    rank = jnp.sum(~(behind | itself), 1)  # how many outputs beat the label's
     losses = jax.vmap(loss)(out, jax.nn.one_hot(labels, out.shape[1]))
     return jnp.stack([jnp.sum(real * v) for v in (rank < 1, rank < 5, losses)])
 
