@@ -61,6 +61,18 @@ def test_resnet9_and_airnet_by_formula():
     assert net.depth == 8 and n == 4 * 3 * 32 + 32 + convolutions([32, 64, 64, 256, 256, 256, 256]) + 256 * 100 + 100
 
 
+@pytest.mark.parametrize("convolutions", [3, 4])
+def test_a_deeper_block_of_airnet_is_the_identity_where_its_last_convolution_is_zero(convolutions, getkey):
+    net = airnet((8, 8, 3), 5, (8, 16), 8, convolutions=convolutions, norm=None, key=KEY)
+    ends = [s.dst - 1 for s in net.skips]
+    assert ends == [convolutions, 2 * convolutions]
+    where = lambda n: [getattr(n.layers[i], name) for i in ends for name in ("weight", "bias")]
+    zeroed = eqx.tree_at(where, net, replace_fn=jnp.zeros_like)
+    x = zeroed.feedforward(jax.random.normal(getkey(), (8, 8, 3))).x
+    for s in net.skips: np.testing.assert_array_equal(x[s.dst], x[s.src])
+    assert not np.allclose(net(x[0]), zeroed(x[0]))
+
+
 @pytest.mark.parametrize("depth, widen", [(10, 1), (16, 4), (28, 10)])
 def test_wideresnet_by_formula(depth, widen):
     blocks = (depth - 4) // 6
@@ -164,12 +176,12 @@ def test_layer_table_adds_up():
 
 @pytest.mark.parametrize("f, words", [
     (lambda: vgg5((784,), 10, key=KEY), "height, width, channels"), (lambda: vgg5((8, 8, 3), 10, key=KEY), "too small"),
-    (lambda: airnet((4, 4, 3), 10, key=KEY), "too small"), (lambda: resnet9((7, 7, 3), 10, key=KEY), "too small"),
+    (lambda: airnet((4, 4, 3), 10, key=KEY), "too small"), (lambda: airnet((8, 8, 3), 10, convolutions=1, key=KEY), "convolutions is 1; expected at least 2"), (lambda: resnet9((7, 7, 3), 10, key=KEY), "too small"),
     (lambda: resnet18((28, 28, 1), 10, key=KEY), "divisible by 8"), (lambda: resnet((8, 8, 3), 10, 8, (8, 16), (1,), key=KEY), "2 stages and blocks 1"),
     (lambda: wideresnet((32, 32, 3), 10, depth=18, key=KEY), "depth is 18"), (lambda: vgg((8, 8, 3), 0, ((8,),), key=KEY), "classes is 0"),
     (lambda: vgg((8, 8, 3), 3, ((0,),), key=KEY), "is 0; expected at least 1"), (lambda: GroupNorm(6, 4), "divisor of the 6 channels"),
     (lambda: GroupNorm(6, 0), "divisor"), (lambda: vgg9((32, 32, 3), 10, (8, 8), key=KEY), "width has 2 values"), (lambda: vgg((8, 8, 3), 3, ((6,), (6,)), norm=GroupNorm, key=KEY), "divisor of the 6 channels"),
-], ids=range(13))
+], ids=range(14))
 def test_bad_input(f, words):
     with pytest.raises(InputError) as error: f()
     assert words in str(error.value)
