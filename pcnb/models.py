@@ -402,16 +402,17 @@ def airnet(
     keys = iter(jax.random.split(key, convolutions * len(widths) + 2))
     n, side = patch or in_shape[-1], in_shape[:2]
     layers, skips = [conv(in_shape[-1], patch, 2, key=next(keys))] if patch else [], []
+    for _ in widths: side = _pooled(side, 2)
+    whole = MaxPool(min(side)) if min(side) > 1 else None
     for i, m in enumerate(widths):
-        side = _pooled(side, 2)
         layers.append(_parts(norm(n) if norm and i else None, conv(n, m, 3, activation, key=next(keys)), MaxPool(2)))
         if convolutions > 2: skips.append(Skip(len(layers), len(layers) + convolutions - 1))
-        for j in range(convolutions - 1):
-            ends = i + 1 == len(widths) and not skips and min(side) > 1  # a skip ends at the whole image
-            layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), MaxPool(min(side)) if ends else None))
+        for _ in range(convolutions - 1):
+            ends = i + 1 == len(widths) and not skips  # a skip ends before the maximum
+            layers.append(_parts(norm(m) if norm else None, conv(m, m, 3, activation, key=next(keys)), whole if ends else None))
         n = m
     rest = (side[0] // min(side)) * (side[1] // min(side)) * n
-    layers.append(_parts(norm(n) if norm else None, MaxPool(min(side)) if skips and min(side) > 1 else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
+    layers.append(_parts(norm(n) if norm else None, whole if skips else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, skips)
 
 # %% ../nbs/06_models.ipynb 46
