@@ -112,6 +112,8 @@ class ImageNetworkSetting:
     """Whitened patches as input in place of pixels (notebook 07); airnet then has no 2x2 convolution."""
     convolutions: int = 2
     """Of each block of airnet; from three on, an identity skip leads past all but the first."""
+    skips: bool = True
+    """The network's own skips; without them, the same layers one behind the other."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
@@ -123,7 +125,10 @@ class ImageNetworkSetting:
         if self.convolutions != 2 and self.model != "airnet": raise InputError(f"convolutions is {self.convolutions}, but {self.model} has no choice of them; leave the option out, or choose airnet.")
         deeper = {"convolutions": self.convolutions} if self.convolutions != 2 else {}
         norm, conv = choose("norm", self.norm, NORMS)
-        return find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **deeper, key=key)
+        net = find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **deeper, key=key)
+        if self.skips: return net
+        if not net.skips: raise InputError(f"skips is False, but this {self.model} has none; leave the option out, or choose resnet9, resnet18, wideresnet or airnet with convolutions of 3 or more.")
+        return PCNetwork(net.layers, in_shape)
 
 # %% ../nbs/10_recipes.ipynb 10
 @dataclass(frozen=True)

@@ -324,6 +324,18 @@ def test_a_pooling_that_a_network_does_not_have():
         with pytest.raises(InputError, match="pool 'middle' is unknown"): setting.build((32, 32, 3), 10, jax.random.key(0))
 
 
+def test_a_network_without_its_skips_is_its_layers_one_behind_the_other():
+    for setting in (ImageNetworkSetting("resnet9", (8,), norm="batch"), ImageNetworkSetting("wideresnet", (16,)), ImageNetworkSetting("airnet", (8, 16, 16), whiten=True, convolutions=3)):
+        in_shape = (32, 32, 12) if setting.whiten else (32, 32, 3)
+        whole, plain = (replace(setting, skips=skips).build(in_shape, 10, jax.random.key(0)) for skips in (True, False))
+        assert whole.skips and not plain.skips and eqx.tree_equal(whole.layers, plain.layers)
+        x = h = jax.random.normal(jax.random.key(1), in_shape)
+        for f in whole.layers: h = f(h)
+        assert jnp.allclose(plain(x), h, rtol=1e-4, atol=1e-5) and not jnp.allclose(whole(x), h, rtol=1e-2, atol=1e-2)
+    for model in ("vgg5", "airnet"):
+        with pytest.raises(InputError, match=f"this {model} has none"): ImageNetworkSetting(model, skips=False).build((32, 32, 3), 10, jax.random.key(0))
+
+
 def test_alpha_of_itself_and_what_an_alpha_of_zero_leaves_out():
     "auto is the energy's own default; where there is no backward term its kind does not count, whatever was the default when the run was recorded."
     net = mlp((3,), 4, 5, 6, key=jax.random.key(0))
