@@ -432,10 +432,10 @@ def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True
     recipe = _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), augment, epochs, 128, 0.03, width=width, norm="batch", whiten=whiten)
     return dataclasses.replace(recipe, joint=True)
 
-def _deep(dataset, epochs, width=(), cutout=8, batch_size=128):
+def _deep(dataset, epochs, width=(), cutout=8, batch_size=128, mixup=0.0):
     "The same with three convolutions and a skip in each block, for more epochs; rate and decay grow with the root of the batch."
-    recipe, root = _fast(dataset, epochs, width, 4, cutout), (batch_size / 128) ** 0.5
-    return dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, convolutions=3), energy=dataclasses.replace(recipe.energy, output_precision=0.01),
+    recipe, root = _fast(dataset, epochs, width, augment=AugmentSetting("alternating", crop=4, cutout=cutout, mixup=mixup)), (batch_size / 128) ** 0.5
+    return dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, convolutions=3), energy=dataclasses.replace(recipe.energy, output_precision=0.001),
                                optimiser=MuonSetting(2e-2 * root, warmup=0.1, weight_decay=0.1 * root), batch_size=batch_size)
 
 RECIPES: dict[str, Recipe] = {
@@ -453,10 +453,10 @@ RECIPES: dict[str, Recipe] = {
         inference=GaussNewtonSetting(2, 3), energy=EnergySetting("cross-entropy", output_precision=2.0, alpha=0.04), joint=True, train_examples=10_000),
     "cifar10-cpu": _fast("cifar10", 8),
     "cifar10-deep": _deep("cifar10", 16),
-    "cifar10-gpu": _deep("cifar10", 20, (128, 384, 384), 12, 512),
+    "cifar10-gpu": _deep("cifar10", 40, (128, 512, 512), 12, 512),
     "cifar100-cpu": _fast("cifar100", 10),
     "cifar100-deep": _deep("cifar100", 16),
-    "cifar100-gpu": _deep("cifar100", 30, (128, 384, 512), 12, 512),
+    "cifar100-gpu": _deep("cifar100", 50, (128, 512, 512), 12, 512, 0.2),
     "tiny-imagenet-cpu": _fast("tiny_imagenet", 5, (64, 128, 256, 256), crop=4),
     "tiny-imagenet-gpu": _fast("tiny_imagenet", 40, (128, 256, 512, 512), crop=8, cutout=16),
     "cifar10-resnet9": _image("cifar10", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=30),
