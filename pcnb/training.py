@@ -10,6 +10,7 @@ __all__ = ['Score', 'evaluate', 'Mirrored', 'Metrics', 'targets', 'loops_well', 
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -246,7 +247,7 @@ def fit(
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights or one that does not fit the data, a folder that holds a run, more steps a call than
+    Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights or one that does not fit the data, a folder that holds a run, more steps a call than
     a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first), or was not where the run is to go on.
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
@@ -286,6 +287,9 @@ def fit(
         line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
         if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
         metrics.append(line | {"elapsed": time.perf_counter() - start})
+        if epoch == done and diagnose_examples and not isinstance(rule, Backprop) and net.depth > 1 and not any(line["state_change"]):
+            warnings.warn(f"inference moved no state of the first {len(looked_at)} training examples, so only the output layer learns: it makes no step, or none that lowers the energy by more than its rounding. "
+                          "Another energy or inference, or products in float32, may move them.", stacklevel=2)
         if folder is not None:
             _write_metrics(Path(folder) / "metrics.jsonl", metrics)
             save_checkpoint(Path(folder) / "checkpoint.eqx", epoch + 1, (net, state))

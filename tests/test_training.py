@@ -17,7 +17,7 @@ import pcnb.training
 from pcnb.augmentation import Shift
 from pcnb.data import Dataset, Records, Scale
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
-from pcnb.inference import GradientDescent
+from pcnb.inference import GaussNewton, GradientDescent
 from pcnb.learning import AbstractRule, Backprop, PredictiveCoding, Report
 from pcnb.models import BatchNorm, Dense, cnn, mlp
 from pcnb.network import InputError, PCNetwork
@@ -426,3 +426,9 @@ def test_seconds_are_those_of_the_steps(data):
     net = mlp((2, 2, 1), CLASSES, depth=1, key=jax.random.key(0))
     line = fit(net, Backprop(), optax.sgd(0.1), data, 1, 5, progress=False, diagnose_examples=0, callback=lambda step, net: time.sleep(0.2)).metrics[0]
     assert line["elapsed"] - line["seconds"] >= 0.8  # four calls of 0.2 s
+
+
+@pytest.mark.parametrize("rule, still", [(PredictiveCoding(ForwardEnergy(), GaussNewton(1, 1)), False), (PredictiveCoding(ForwardEnergy(), GaussNewton(0)), True), (Backprop(), False)])
+def test_inference_that_moves_nothing_is_told(rule, still, data, recwarn):
+    fit(mlp((2, 2, 1), CLASSES, width=3, depth=3, key=jax.random.key(0)), rule, optax.sgd(0.1), data, epochs=2, batch_size=11, progress=False)
+    assert [w.category for w in recwarn if "moved no state" in str(w.message)] == [UserWarning] * still
