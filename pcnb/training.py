@@ -287,14 +287,14 @@ def fit(
         line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
         if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
         metrics.append(line | {"elapsed": time.perf_counter() - start})
-        if epoch == done and diagnose_examples and not isinstance(rule, Backprop) and net.depth > 1 and not any(line["state_change"]):
-            warnings.warn(f"inference moved no state of the first {len(looked_at)} training examples, so only the output layer learns: it makes no step, or none that lowers the energy by more than its rounding. "
-                          "Another energy or inference, or products in float32, may move them.", stacklevel=2)
         if folder is not None:
             _write_metrics(Path(folder) / "metrics.jsonl", metrics)
             save_checkpoint(Path(folder) / "checkpoint.eqx", epoch + 1, (net, state))
         if progress: tqdm.write(f"epoch {epoch + 1:3}  loss {line['loss']:.4f}  train {100 * line['train_top1']:.2f}  test {100 * line['test_top1']:.2f} %  {seconds:.1f} s")
         if not jnp.isfinite(line["loss"]): raise Diverged(f"the loss is {line['loss']} after epoch {epoch + 1}; try a smaller learning rate.")
+        if epoch == done and diagnose_examples and not isinstance(rule, Backprop) and net.depth > 1 and not any(line["state_change"]):
+            warnings.warn(f"inference moved no state of the first {len(looked_at)} training examples, so only the output layer learns: it makes no step, or none that lowers the energy by more than its rounding. "
+                          "Another energy or inference, or products in float32, may move them.", stacklevel=2)
     return Run(averaged(net, state), metrics, compiling)
 
 # %% ../nbs/08_training.ipynb 28
