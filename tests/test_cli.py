@@ -244,6 +244,13 @@ def test_divergence_is_a_failure_of_its_own(tmp_path, refuse):
 
 # Commands that do what they say
 
+@pytest.mark.filterwarnings("ignore:inference moved no state")
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_table_says_where_inference_moved_nothing(steps, tmp_path, printed):
+    text = printed(*TINY, "--network.depth", "3", "--inference.steps", steps, "--out", tmp_path / "run")
+    assert ("moved no state" in text) == (steps == 0)
+
+
 def test_train_writes_a_run_that_evaluate_agrees_with(run, printed):
     assert sorted(p.name for p in run.iterdir()) == WHAT
     first, second = printed("evaluate", run).splitlines()
