@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, Skip, Statistics, choose, parameter_count
 from .convolution import conv as convolve
-from .skip import branch_gains, residual_blocks
+from .skip import add_skips, branch_gains, residual_blocks
 
 # %% ../nbs/06_models.ipynb 6
 def second_moment(
@@ -342,24 +342,28 @@ def vgg(
     conv: Callable = Conv, # Conv or StandardisedConv
     pool: Callable = MaxPool, # MaxPool or AvgPool
     output_gain: float = 0.1, # factor on the output layer's initial weights
+    skips: bool | int = False, # span of skips past the hidden layers, with branches scaled by `branch_gains` (notebook 03); True: past each of them
     *, key: Array,
 ) -> PCNetwork:
     """Stages of 3x3 convolutions, each followed by a pooling by 2, and a dense layer.
 
-    Raises `InputError` for an input that is not an image, or one too small for the poolings. Reference: Simonyan and Zisserman 2014, arXiv:1409.1556.
+    A skip past a pooling takes means over its windows, and has zeros in channels that are new (`pool_and_pad`). Raises `InputError` for an input that is not an image, one too small for the poolings, a span below 1, or one past stages that become narrower. Reference: Simonyan and Zisserman 2014, arXiv:1409.1556.
     """
     _check_image(in_shape, classes=classes, **{f"channels of convolution {j} of stage {i}": c for i, stage in enumerate(stages) for j, c in enumerate(stage)})
-    keys = iter(jax.random.split(key, sum(map(len, stages)) + 1))
+    depth = sum(map(len, stages)) + 1
+    keys, span = iter(jax.random.split(key, depth)), int(skips)
+    gains = branch_gains(depth, residual_blocks(depth, span) if skips else ())
     layers, n, side = [], in_shape[-1], in_shape[:2]
     for stage in stages:
         for i, m in enumerate(stage):
-            build = lambda act, gain, n=n, m=m: conv(n, m, 3, act, gain=gain, key=next(keys))
+            build = lambda act, gain, n=n, m=m: conv(n, m, 3, act, gain=gain * gains[len(layers)], key=next(keys))
             of = norm(n) if norm and layers else None
             layers.append(build(identity, 1.0) if not layers else _pooling(pool, 2, activation, of, build) if i == 0 else _parts(of, build(activation, 1.0)))
             n = m
         side = _pooled(side, 2)
     layers.append(_pooling(pool, 2, activation, norm(n) if norm else None, lambda act, gain: Dense(side[0] * side[1] * n, classes, act, 1, gain * output_gain, key=next(keys))))
-    return PCNetwork(layers, in_shape)
+    net = PCNetwork(layers, in_shape)
+    return add_skips(net, span, pool_and_pad) if skips else net
 
 def vgg5(in_shape: tuple[int, int, int], classes: int, width: int | Sequence[int] = 128, *, key: Array, **choices) -> PCNetwork:
     "Four convolutions, of 128, 256, 512 and 512 channels, with a pooling after each. `width`: channels of the first stage, the others in proportion, or of every stage; `choices` as for `vgg`."
@@ -505,7 +509,7 @@ def resnet9(
     layers.append(_pooling(pool, last, activation, of(d), lambda act, gain: Dense(rest, classes, act, 1, gain * output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, [Skip(2, 4), Skip(6, 8)])
 
-# %% ../nbs/06_models.ipynb 53
+# %% ../nbs/06_models.ipynb 55
 def _kind(module):
     "What a layer or the module of a skip does, in a few words."
     if isinstance(module, Chain): return ", ".join(_kind(p) for p in module.parts)
@@ -530,7 +534,7 @@ def layer_table(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
 
-# %% ../nbs/06_models.ipynb 59
+# %% ../nbs/06_models.ipynb 61
 MODELS = {f.__name__: f for f in (mlp, cnn, airnet, vgg5, vgg7, vgg9, vgg10, resnet9, resnet18, wideresnet)}
 
 def find_model(

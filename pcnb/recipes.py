@@ -114,6 +114,8 @@ class ImageNetworkSetting:
     """Of each block of airnet; from three on, an identity skip leads past all but the first."""
     skips: bool = True
     """The network's own skips; without them, the same layers one behind the other."""
+    skip_span: int = 0
+    """Hidden layers that each skip of a vgg leads past, branches scaled (notebook 03); 0: no skips."""
 
     def build(self, in_shape: tuple[int, ...], classes: int, key) -> PCNetwork:
         "The network with fresh weights."
@@ -123,11 +125,12 @@ class ImageNetworkSetting:
         pool = {"pool": choose("pool", self.pool, POOLS)} if self.pool != "max" else {}
         if pool and not self.model.startswith("vgg") and self.model != "resnet9": raise InputError(f"pool is {self.pool!r}, but {self.model} has no choice of its pooling; leave the option out, or choose vgg5 to vgg10 or resnet9.")
         if self.convolutions != 2 and self.model != "airnet": raise InputError(f"convolutions is {self.convolutions}, but {self.model} has no choice of them; leave the option out, or choose airnet.")
-        deeper = {"convolutions": self.convolutions} if self.convolutions != 2 else {}
+        if self.skip_span and not self.model.startswith("vgg"): raise InputError(f"skip_span is {self.skip_span}, but {self.model} has no choice of it; leave the option out, or choose vgg5 to vgg10.")
+        own = ({"convolutions": self.convolutions} if self.convolutions != 2 else {}) | ({"skips": self.skip_span} if self.skip_span else {})
         norm, conv = choose("norm", self.norm, NORMS)
-        net = find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **deeper, key=key)
+        net = find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **own, key=key)
         if self.skips: return net
-        if not net.skips: raise InputError(f"skips is False, but this {self.model} has none; leave the option out, or choose resnet9, resnet18, wideresnet or airnet with convolutions of 3 or more.")
+        if not net.skips: raise InputError(f"skips is False, but this {self.model} has none; leave the option out, or choose resnet9, resnet18, wideresnet, airnet with convolutions of 3 or more, or a vgg with a skip_span.")
         return PCNetwork(net.layers, in_shape)
 
 # %% ../nbs/10_recipes.ipynb 10

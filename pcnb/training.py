@@ -293,7 +293,7 @@ def fit(
         if progress: tqdm.write(f"epoch {epoch + 1:3}  loss {line['loss']:.4f}  train {100 * line['train_top1']:.2f}  test {100 * line['test_top1']:.2f} %  {seconds:.1f} s")
         if not jnp.isfinite(line["loss"]): raise Diverged(f"the loss is {line['loss']} after epoch {epoch + 1}; try a smaller learning rate.")
         if epoch == done and diagnose_examples and not isinstance(rule, Backprop) and net.depth > 1 and not any(line["state_change"]):
-            warnings.warn(f"inference moved no state of the first {len(looked_at)} training examples, so only the output layer learns: it makes no step, or none that lowers the energy by more than its rounding. "
+            warnings.warn(f"inference moved no state of the first {len(looked_at)} training examples, so the loss teaches only the output layer: it makes no step, or none that lowers the energy by more than its rounding. "
                           "Another energy or inference, or products in float32, may move them.", stacklevel=2)
     return Run(averaged(net, state), metrics, compiling)
 

@@ -11,6 +11,7 @@ import pytest
 
 import pcnb.training
 from pcnb.cli import COMMANDS, _training, main
+from pcnb.data import load
 from pcnb.recipes import RECIPES, AdamSetting, CNNSetting, GradientDescentSetting, from_json, to_json
 from pcnb.training import read_metrics
 
@@ -276,7 +277,7 @@ def test_config_gives_back_the_recipe(run):
     recipe = from_json(config["settings"])
     assert recipe == replace(RECIPES["digits"], epochs=2, network=replace(RECIPES["digits"].network, width=8, depth=2), train_examples=256)
     assert json.loads(json.dumps(to_json(recipe))) == config["settings"]
-    assert (config["recipe"], config["rule"], config["seed"]) == ("digits", "pc", 0)
+    assert (config["recipe"], config["rule"], config["seed"], config["data"]) == ("digits", "pc", 0, load("digits").take(256).source)
 
 
 def test_stopped_run_goes_on_to_the_same_end(run, tmp_path, refuse, printed, monkeypatch):

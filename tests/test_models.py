@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pcnb.models import (AvgPool, Chain, Conv, Dense, GlobalAverage, GroupNorm, MaxPool, PoolAndPad, StandardisedConv, airnet, avg_pool, layer_norm, layer_table,
+from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
+from pcnb.inference import GaussNewton
+from pcnb.learning import Backprop, PredictiveCoding
+from pcnb.models import (AvgPool, BatchNormConv, Chain, Conv, Dense, GlobalAverage, GroupNorm, MaxPool, PoolAndPad, StandardisedConv, airnet, avg_pool, layer_norm, layer_table,
                          max_pool, pool_and_pad, resnet, resnet9, resnet18, vgg, vgg5, vgg7, vgg9, vgg10, wideresnet)
 from pcnb.network import InputError, PCNetwork, parameter_count
 from pcnb.skip import learned_projection
@@ -73,6 +76,19 @@ def test_a_deeper_block_of_airnet_is_the_identity_where_its_last_convolution_is_
     assert not np.allclose(net(x[0]), zeroed(x[0]))
 
 
+@pytest.mark.parametrize("norm", [dict(norm=None), dict(norm=layer_norm), dict(conv=BatchNormConv)], ids=["none", "layer", "batch"])
+def test_skips_of_a_vgg_add_what_they_lead_past(norm):
+    "State 3 is predicted as the means of state 1 over 2x2 pixels, beside zeros in new channels, plus the block; all other layers are those of the plain network."
+    plain, net = (vgg((8, 8, 3), 5, ((4, 4), (8, 8)), skips=span, key=KEY, **norm) for span in (False, 2))
+    x = net.feedforward(jax.random.normal(jax.random.key(1), (8, 8, 3)))
+    states = [np.asarray(v) for v in x.x]
+    means = states[1].reshape(4, 2, 4, 2, 4).mean((1, 3))
+    branch = np.asarray(net.layers[2](net.layers[1](x.x[1])))
+    np.testing.assert_allclose(states[3], np.concatenate([means, np.zeros((4, 4, 4))], -1) + branch, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(branch, np.asarray(plain.layers[2](plain.layers[1](x.x[1]))) / np.sqrt(5 / 2), rtol=1e-4, atol=1e-5)
+    assert not plain.skips and all(eqx.tree_equal(net.layers[l], plain.layers[l]) for l in (0, 1, 3, 4))
+
+
 @pytest.mark.parametrize("depth, widen", [(10, 1), (16, 4), (28, 10)])
 def test_wideresnet_by_formula(depth, widen):
     blocks = (depth - 4) // 6
@@ -98,6 +114,27 @@ def test_a_gradient_reaches_every_parameter(name, kind):
     leaves = jax.tree.leaves(grads)
     assert len(leaves) == len(jax.tree.leaves(eqx.filter(net, eqx.is_inexact_array)))
     assert all(jnp.isfinite(g).all() and (g != 0).any() for g in leaves)
+
+
+@pytest.mark.parametrize("name, skips, loss", [("vgg", False, SquaredError()), ("vgg", True, CrossEntropy()), ("resnet", False, CrossEntropy()), ("resnet", True, SquaredError()),
+                                               ("resnet9", True, CrossEntropy()), ("airnet", False, SquaredError()), ("airnet", True, CrossEntropy())], ids=lambda v: str(v).strip("()"))
+def test_predictive_coding_learns_in_every_model(name, skips, loss):
+    "Inference lowers the energy, and where the output precision p is small, the learning gradient over p is backpropagation's, in every layer, up to an error that falls with p."
+    net = TINY[name](norm=GroupNorm, **({"vgg": dict(skips=skips), "airnet": dict(convolutions=2 + skips)}.get(name, {})))
+    net = net if skips else PCNetwork(net.layers, net.shapes[0])
+    assert bool(net.skips) == skips
+    x, y = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.eye(5)[:2]
+
+    @eqx.filter_jit
+    def learn(net, p):
+        learned, report = PredictiveCoding(ForwardEnergy(loss, output_precision=p), GaussNewton(1, 2)).gradient(net, x, y)
+        return jax.tree.map(lambda g: g / p, learned), report.energy / p
+    wanted, report = eqx.filter_jit(Backprop(loss).gradient)(net, x, y)
+    (far, lower), (near, low) = (learn(net, jnp.array(p)) for p in (1e-2, 1e-4))
+    assert lower < low and lower < report.loss
+    away = lambda g: np.array([sum(float(jnp.sum((a - b)**2)) for a, b in zip(jax.tree.leaves(u), jax.tree.leaves(v))) ** 0.5 for u, v in zip(g.layers, wanted.layers)])
+    size = away(jax.tree.map(jnp.zeros_like, near))
+    assert (away(near) < 0.1 * size).all() and (away(near) < 0.2 * away(far)).all(), (away(near) / size, away(near) / away(far))
 
 
 @pytest.mark.parametrize("name", ["resnet9", "airnet"])

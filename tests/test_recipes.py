@@ -101,6 +101,29 @@ def test_sgd_is_its_formula(nesterov, everything):
     np.testing.assert_allclose(got["bias"], np.full(3, -rate * (step + (decay * 2 if everything else 0))), rtol=1e-5)
 
 
+@pytest.mark.parametrize("setting", [SGDSetting(0.4, 0.0), AdamSetting(0.4), MuonSetting(0.4)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_the_rate_rises_in_a_line_and_falls_as_a_cosine(setting, warmup):
+    "Against steps at the peak: 0 at the first of 40, all of them at the end of the warm-up, one hundredth at the end."
+    ones, first = jax.tree.map(jnp.ones_like, PARAMS), round(40 * warmup)
+
+    def taken(optimiser):
+        state, update = optimiser.init(PARAMS), jax.jit(optimiser.update)
+        for _ in range(41):
+            updates, state = update(ones, state, PARAMS)
+            yield updates
+    for t, (got, peak) in enumerate(zip(taken(replace(setting, warmup=warmup).build(40)), taken(replace(setting, warmup=0.0).build(10**6)))):
+        share = t / first if t < first else 0.01 + 0.99 * (1 + np.cos(np.pi * (t - first) / (40 - first))) / 2
+        for name in PARAMS: np.testing.assert_allclose(got[name], share * peak[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [dict(warmup=1.0), dict(warmup=-0.1), dict(rate=-0.1), dict(weight_decay=-1.0)], ids=str)
+def test_a_schedule_that_cannot_be(change):
+    (name, value), = change.items()
+    for setting in (SGDSetting(), AdamSetting(), MuonSetting()):
+        with pytest.raises(InputError, match=f"{name}\\D* {value}"): replace(setting, **change).build(10)
+
+
 @pytest.mark.parametrize("everything", [False, True])
 def test_adam_decays_what_it_should(everything):
     "With equal gradients Adam's step is the rate."
@@ -334,6 +357,14 @@ def test_a_network_without_its_skips_is_its_layers_one_behind_the_other():
         assert jnp.allclose(plain(x), h, rtol=1e-4, atol=1e-5) and not jnp.allclose(whole(x), h, rtol=1e-2, atol=1e-2)
     for model in ("vgg5", "airnet"):
         with pytest.raises(InputError, match=f"this {model} has none"): ImageNetworkSetting(model, skips=False).build((32, 32, 3), 10, jax.random.key(0))
+
+
+def test_a_vgg_has_skips_where_a_setting_asks_for_them():
+    build = lambda **choices: ImageNetworkSetting(**{"model": "vgg7", "width": (4,), "norm": "batch"} | choices).build((32, 32, 3), 10, jax.random.key(0))
+    assert [[(s.src, s.dst) for s in build(skip_span=k).skips] for k in (0, 1, 2, 4)] == [[], [(l, l + 1) for l in range(1, 6)], [(1, 3), (3, 5)], [(1, 5)]]
+    for model in ("airnet", "resnet9", "resnet18", "wideresnet"):
+        with pytest.raises(InputError, match=f"skip_span is 1, but {model} has no choice"): build(model=model, width=(16,), skip_span=1)
+    with pytest.raises(InputError, match="span is -1"): build(skip_span=-1)
 
 
 def test_alpha_of_itself_and_what_an_alpha_of_zero_leaves_out():
