@@ -185,7 +185,9 @@ class Cutout(eqx.Module):
     ) -> Num[Array, "height width channels"]: # same shape and dtype
         "Hide a part of one image."
         hidden = _box(image.shape, _centre(key, image.shape), (self.size, self.size))
-        return jnp.where(hidden[..., None], jnp.array(self.fill).astype(image.dtype).reshape(1, 1, -1), image)
+        fill = jnp.array(self.fill)
+        fill = fill if jnp.issubdtype(image.dtype, jnp.floating) else jnp.round(fill)
+        return jnp.where(hidden[..., None], fill.astype(image.dtype).reshape(1, 1, -1), image)
 
 # %% ../nbs/07b_augmentation.ipynb 26
 def _check_mix(alpha, probability):

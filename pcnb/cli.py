@@ -26,7 +26,7 @@ from .models import MODELS, find_model, layer_table
 from .data import describe
 from .training import Diverged
 from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
-                          MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, to_json, train, _read_json)
+                          MuonSetting, SGDSetting, SweepSetting, begun, compare, evaluate_run, find_recipe, from_json, nothing_to_lose, report, report_figure, to_json, train, _read_json)
 from .bench import Bench, CheckFailed
 
 # %% ../nbs/11_cli.ipynb 7
@@ -72,7 +72,7 @@ class Train(Recipe):
     twin: Annotated[bool, arg(help="Train the backpropagation twin too, in RUN/twin; without effect on --rule backprop.")] = False
     overwrite: FlagCreatePairsOff[Annotated[bool, arg(help="Replace the run in the folder.")]] = False
     resume: FlagCreatePairsOff[Annotated[bool, arg(help="Go on with the run in the folder, which must have the same settings.")]] = False
-    record_every: Annotated[int, arg(metavar="N", help="Record every layer each N weight steps, in layers.jsonl and as maps in figures; 0: not.")] = 0
+    record_every: Annotated[int, arg(metavar="N", help="Record every layer each N batches, in layers.jsonl and as maps in figures; 0: not.")] = 0
     stream: FlagCreatePairsOff[Annotated[bool, arg(help="Read images from disk batch by batch, for a set that does not fit in memory; the run is the same.")]] = False
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only the result.")]] = False
 
@@ -86,8 +86,8 @@ class Train(Recipe):
         runs = {out: run(out, self.rule, overwrite=self.overwrite, resume=self.resume)}
         if self.twin and self.rule != "backprop":
             if not self.quiet: print("its twin, trained by backpropagation:", flush=True)
-            # A twin without a checkpoint was stopped in its first epoch; --overwrite has removed any other with the run around it.
-            resume = self.resume and (out / "twin" / "checkpoint.eqx").exists()
+            # A twin that is not begun was stopped in its first epoch; --overwrite has removed any other with the run around it.
+            resume = self.resume and begun(out / "twin")
             runs[out / "twin"] = run(out / "twin", "backprop", overwrite=not resume, resume=resume)
             compare(out, out / "twin")
         print(_table(runs))
@@ -148,10 +148,11 @@ class Evaluate:
     "Score the saved weights of a run."
     run: Positional[Annotated[Path, arg(metavar="RUN", help="The run's folder.")]]
     data_dir: DataFolder = None
+    stream: FlagCreatePairsOff[Annotated[bool, arg(help="Leave the training images on disk, for a set that does not fit in memory.")]] = False
 
     def __call__(self):
         "Print the score and what it is of. Raises `InputError` for a folder that is not a finished run."
-        score, recipe = evaluate_run(self.run, self.data_dir), from_json(_read_json(self.run / "config.json")["settings"])
+        score, recipe = evaluate_run(self.run, self.data_dir, self.stream), from_json(_read_json(self.run / "config.json")["settings"])
         what = f"{score.examples} " + ("validation examples, held out of the training set" if recipe.validation else "test examples")
         print(f"{self.run}: {what} of {recipe.dataset}\ntop-1 {100 * score.top1:.2f} %, top-5 {100 * score.top5:.2f} %, {recipe.energy.loss} loss {score.loss:.4f}")
 
@@ -192,7 +193,7 @@ def _kind(setting): return re.sub("(?<=[a-z])(?=[A-Z])", "-", type(setting).__na
 class Plan:
     """Train the runs of a plan one after the other, and compare them.
 
-    A plan is a text file with a line for each run, NAME RECIPE [options], the options being those of `pcnb train`; # begins a comment. Finished runs are left as they are, a stopped one goes on, and one that diverges or is refused does not stop the others.
+    A plan is a text file with a line for each run, NAME RECIPE [options], the options being those of `pcnb train`; # begins a comment. Finished runs are left as they are, a stopped one goes on, and one that diverges or is refused does not stop the others. Perceptrons come first, since they are slower behind convolutions in one process (notebook 08b).
     """
     plan: Positional[Annotated[Path, arg(metavar="FILE", help="The text file.")]]
     out: Annotated[Path | None, arg(metavar="FOLDER", help="Run NAME goes to FOLDER/NAME; None: runs/ and the file's name.")] = None
@@ -202,24 +203,27 @@ class Plan:
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only results.")]] = False
 
     def __call__(self):
-        "Train, and print a table of all finished runs. Raises `InputError` for a line that is no run, and for a folder with a run of other settings, before anything is trained, and for runs that were refused at the end."
+        "Train, and print a table of all finished runs. Raises `InputError` for a line that is no run, and for a folder with a run of other settings, before anything is trained, and at the end for runs that were refused, or else `Diverged`."
         out = self.out or Path("runs", self.plan.stem)
         runs = {out / name: run for name, run in _planned(self.plan).items() if name.startswith(self.only)}
         if self.seed is not None:
             runs = {folder.with_name(f"{folder.name}-{self.seed}"): replace(run, seed=self.seed) for folder, run in runs.items()}
             if len(set(runs.values())) < len(runs): raise InputError(f"{self.plan} has runs that differ in nothing but their seeds; leave out --seed, or name one of them by --only.")
         if not runs: raise InputError(f"{self.plan} has no run whose name begins with {self.only!r}.")
-        refused = {}
+        refused, diverged = [], []
         for folder, run in runs.items(): _check_same(folder, run)
-        for folder, run in runs.items():
+        for folder, run in sorted(runs.items(), key=lambda item: not isinstance(item[1].network, MLPSetting)):
             if all((f / "summary.json").exists() for f in (folder, folder / "twin")[:1 + (run.twin and run.rule != "backprop")]): continue
-            begun = (folder / "checkpoint.eqx").exists()
-            try: replace(run, out=folder, data_dir=self.data_dir, quiet=self.quiet, resume=begun, overwrite=not begun)()
-            except Diverged as e: print(f"pcnb: {folder}: {e}", file=sys.stderr)
-            except InputError as e: refused[str(folder)] = e
+            resume = begun(folder)
+            try: replace(run, out=folder, data_dir=self.data_dir, quiet=self.quiet, resume=resume, overwrite=not resume)()
+            except Diverged as e: diverged.append(f"{folder}: {e}")
+            except InputError as e: refused.append(f"{folder} was not trained: {e}")
         finished = [folder for folder in runs if (folder / "summary.json").exists()]
-        if finished: print(report(finished))
-        if refused: raise InputError("; ".join(f"{folder} was not trained: {e}" for folder, e in refused.items()))
+        try:
+            if finished: print(report(finished))
+        except InputError as e: refused.append(str(e))
+        if refused: raise InputError("; ".join(refused + diverged))
+        if diverged: raise Diverged("; ".join(diverged))
 
 # %% ../nbs/11_cli.ipynb 17
 def _training(args):
@@ -250,7 +254,7 @@ def _planned(path):
 
 def _check_same(folder, run):
     "A run that is there must be the one that is planned."
-    if not (folder / "config.json").exists(): return
+    if not (folder / "config.json").exists() or nothing_to_lose(folder): return
     config = _read_json(folder / "config.json")
     there = config.get("recipe"), config.get("rule"), config.get("seed"), from_json(config.get("settings"))
     planned = from_json(to_json(Recipe(**{f.name: getattr(run, f.name) for f in fields(Recipe)})))  # in the form in which it is written down

@@ -87,8 +87,8 @@ def _kernel_gradient(x, g, size, arithmetic):
     def general(x, g):
         w = jax.ShapeDtypeStruct((size, size, x.shape[-1], g.shape[-1]), x.dtype)
         return jax.linear_transpose(lambda w: _general(x, w, arithmetic, False), w)(g)[0]
-    fits = _fits(x.shape[-1], g.shape[-1])
-    def fast(x, g): return _winograd_gradient(x, g, arithmetic) if fits and size == 3 and arithmetic == x.dtype else _taps(x, g, size, arithmetic if fits else x.dtype)
+    fits = size == 3 and _fits(x.shape[-1], g.shape[-1]) and x.dtype == jnp.float32  # as in `_on_cpu`
+    def fast(x, g): return _winograd_gradient(x, g, arithmetic) if fits and arithmetic == x.dtype else _taps(x, g, size, arithmetic if fits else x.dtype)
     return jax.lax.platform_dependent(x, g, cpu=fast, default=general)
 
 _conv = Primitive("pcnb_conv")
@@ -115,12 +115,15 @@ def conv(
     x: Float[Array, "h w c"], # one image
     w: Float[Array, "k k c d"], # kernel, k odd
     arithmetic: str | None = None, # type to which the operands of products are rounded, for example "bfloat16"; None: that of x
-) -> Float[Array, "h w d"]: # in the type of x, as are all sums on a CPU
+) -> Float[Array, "h w d"]: # in the common type of x and w, as are all sums on a CPU
     """Cross-correlation of an image with a kernel, zeros around it, so that height and width stay.
 
-    Derivatives of any order and mode are those of a bilinear map, rounded alike. On a CPU `arithmetic` acts where the fast forms do: channels in multiples of 32.
-    Raises `InputError` for a kernel of even size or of other channels. Source: Lavin and Gray, 2016, arXiv 1509.09308, sec. 4.1.
+    Derivatives of any order and mode are those of a bilinear map, rounded alike. On a CPU `arithmetic` acts where the fast forms do: 3x3 kernels, float32, channels in multiples of 32.
+    Raises `InputError` for a kernel of even size or of other channels, and for whole numbers. Source: Lavin and Gray, 2016, arXiv 1509.09308, sec. 4.1.
     """
     if w.ndim != 4 or w.shape[0] != w.shape[1] or not w.shape[0] % 2: raise InputError(f"the kernel has shape {w.shape}; expected (k, k, c, d) with an odd k.")
     if x.ndim != 3 or x.shape[-1] != w.shape[2]: raise InputError(f"the image has shape {x.shape}; the kernel takes (height, width, {w.shape[2]}). For a batch, use jax.vmap.")
+    for what, v in (("image", x), ("kernel", w)):
+        if not jnp.issubdtype(v.dtype, jnp.floating): raise InputError(f"the {what} is of {v.dtype}; expected floating-point numbers. Scale images first (notebook 07).")
+    x, w = (v.astype(jnp.result_type(x, w)) for v in (x, w))
     return _conv.bind(x[None], w, arithmetic=jnp.dtype(arithmetic or x.dtype), back=False)[0]

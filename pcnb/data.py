@@ -432,7 +432,8 @@ def _folders(entry, home):
     return sorted(path for path in home.iterdir() if fnmatch(path.name, entry.unpacked) and path.is_dir())
 
 def _unpack(path, folder):
-    try: shutil.unpack_archive(path, folder, filter=None if path.suffix == ".zip" else "data")
+    safely = {"filter": "data"} if path.suffix != ".zip" and hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on; what is unpacked has the checksum of the official archive
+    try: shutil.unpack_archive(path, folder, **safely)
     except (shutil.ReadError, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as e:
         raise InputError(f"Cannot unpack {path} ({e}), which must be a whole archive; delete it and get it again.") from None
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, freeze
+from .lalr import _size
 from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding, layer_cosines
 
 # %% ../nbs/09_diagnostics.ipynb 7
@@ -60,7 +61,7 @@ def diagnose(
     """
     loss = rule.loss if isinstance(rule, Backprop) else rule.energy.loss
     gradient, twin = rule.gradient(net, x, y)[0], Backprop(loss).gradient(net, x, y)[0]
-    norms = jnp.stack([jnp.sqrt(sum(jnp.sum(p ** 2) for p in jax.tree.leaves(eqx.filter(f, eqx.is_inexact_array)))) for f in gradient.layers])
+    norms = jnp.stack([_size([jnp.zeros(1), *jax.tree.leaves(eqx.filter(f, eqx.is_inexact_array))], jnp.float32) for f in gradient.layers])
     frozen = freeze(net, x)
     look = sensitivity(frozen, x, key=jax.random.key(0)) if net.depth > 1 else jnp.zeros(())
     if isinstance(rule, Backprop):
@@ -77,7 +78,7 @@ def diagnose(
 
 # %% ../nbs/09_diagnostics.ipynb 19
 class Recorder:
-    """A callback of `fit` that makes a `Diagnosis` every so many weight steps, and after the first.
+    """A callback of `fit` that makes a `Diagnosis` every so many batches, and after the first; a batch is a weight step, but where gradients are accumulated or rule ipc steps several times.
 
     `records` holds a dictionary each: the step, and the fields of the diagnosis as numbers and lists. Raises `InputError` for `every` below 1.
     """
@@ -85,20 +86,20 @@ class Recorder:
         rule: AbstractRule, # the rule that trains
         x: Float[Array, "batch ..."], # inputs to look at
         y: Float[Array, "batch classes"], # their targets
-        every: int = 100, # weight steps between records
+        every: int = 100, # batches between records
         path: Path | None = None, # a file to which each record is added, a line of JSON
-        done: int = 0, # weight steps already made, in a run that is resumed: what the file holds up to there is kept
+        done: int = 0, # batches already trained on, in a run that is resumed: what the file holds up to there is kept
     ):
-        if not every >= 1: raise InputError(f"every is {every}; expected at least 1 weight step.")
+        if not every >= 1: raise InputError(f"every is {every}; expected at least 1 batch.")
         self.rule, self.x, self.y, self.every, self.path, self.records = rule, x, y, every, path, []
         if path is None: return
-        if done: self.records = [r for r in read_records(path) if r["step"] <= done]
+        if done: self.records = [r for r in read_records(path, partial=True) if r["step"] <= done]
         temporary = Path(path).with_name(f".{Path(path).name}.part")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(temporary, path)
 
     def __call__(self,
-        step: int, # weight steps made
+        step: int, # batches trained on
         net: PCNetwork,
     ):
         "Make a record, if it is time."
@@ -110,13 +111,19 @@ class Recorder:
 
 def read_records(
     path: Path, # of a file that a recorder wrote
+    partial: bool = False, # leave out a last line that is not whole, as of a process that was killed
 ) -> list[dict]:
     "The records of a run. Raises `InputError` if the file is missing or damaged."
-    try: return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    try:
+        lines = Path(path).read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in (lines[:-1] if partial and lines and not lines[-1].endswith("\n") else lines)]
     except FileNotFoundError: raise InputError(f"{path} does not exist; was the run recorded?") from None
     except ValueError as e: raise InputError(f"{path} is damaged: {e}.") from None
 
 # %% ../nbs/09_diagnostics.ipynb 22
+def _diagnosed(lines):
+    if any("cosine" not in line for line in lines): raise InputError("there is no diagnosis in these lines; train with diagnose_examples above 0.")
+
 LAYER_QUANTITIES = {"energy": "energy (nats)", "error_norm": "error norm", "state_change": "state change", "gradient_norm": "gradient norm", "cosine": "cosine to backpropagation"}
 
 def layer_figures(
@@ -124,6 +131,7 @@ def layer_figures(
 ) -> dict: # name -> matplotlib figure: layer_maps and layer_curves
     "Energy, error norm, state change, gradient norm and cosine by layer, as maps over training and as curves at its end. Needs matplotlib. Raises `InputError` for no records."
     if not records: raise InputError("there are no records to draw; expected those of a Recorder, or the lines of a metrics.jsonl.")
+    _diagnosed(records)
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     maps, curves = (Figure(figsize=(13, 2.8), layout="constrained") for _ in range(2))
@@ -151,7 +159,8 @@ def run_figures(
     metrics: list[dict], # the lines of a run's metrics.jsonl
     twin: list[dict] = (), # those of its backpropagation twin, if there is one
 ) -> dict: # name -> matplotlib figure
-    "Accuracy, cosine by layer, and energy by layer over the epochs. Needs matplotlib."
+    "Accuracy, cosine by layer, and energy by layer over the epochs. Needs matplotlib. Raises `InputError` for metrics without a diagnosis."
+    _diagnosed(metrics)
     from matplotlib.figure import Figure
     epochs = [m["epoch"] for m in metrics]
     accuracy = Figure(figsize=(5, 3), layout="constrained")

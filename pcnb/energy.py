@@ -42,9 +42,14 @@ def _per_layer(value, n, name):
     if len(value) != n: raise InputError(f"{name} has {len(value)} values; expected one number or {n}, one a layer.")
     return tuple(value)
 
+def _known(value):
+    "The numbers in `value` that can be looked at: none of those that are traced."
+    if isinstance(value, tuple | list): return [k for v in value for k in _known(v)]
+    return np.ravel(value).tolist() if isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer) else []
+
 def _check_weights(value, name):
-    for v in value if isinstance(value, tuple | list) else np.ravel(value) if isinstance(value, np.ndarray) else (value,):
-        if isinstance(v, int | float | np.number) and not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
+    for v in _known(value):
+        if not 0 <= v < float("inf"): raise InputError(f"{name} is {v}; expected a number >= 0, and finite.")
 
 # %% ../nbs/01_energy.ipynb 13
 class AbstractEnergy(eqx.Module):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 from .network import BATCH, InputError, PCNetwork, States, live
-from .energy import AbstractEnergy, ForwardEnergy, layer_energies, _check_weights
+from .energy import AbstractEnergy, ForwardEnergy, layer_energies, _check_weights, _known
 
 # %% ../nbs/02_inference.ipynb 10
 class Problem(eqx.Module):
@@ -269,8 +269,8 @@ class ErrorDescent(AbstractInference):
 def _whitened(problem):
     "The maps from errors to the coordinates `z_l = sqrt(p_l) eps_l`, and from there to states."
     precisions = problem.energy.precisions(problem.net)
-    for p in precisions:
-        if isinstance(p, int | float) and p <= 0: raise InputError(f"Gauss-Newton and LBFGS need precisions > 0; got {p}.")
+    for p in _known(precisions):
+        if p <= 0: raise InputError(f"Gauss-Newton and LBFGS need precisions > 0; got {p}.")
     scale = [jnp.sqrt(p) for p in precisions]
     return lambda eps: [w * e for w, e in zip(scale, eps)], lambda z, known=None: problem.at_errors([v / w for w, v in zip(scale, z)], known)
 
@@ -369,7 +369,7 @@ class GaussNewton(AbstractInference):
         start = residual(problem.ref)
         (s, _, passes), k = _repeat(lambda c: self._step(problem, *c), carry, self.steps,
                                     lambda c: residual(c[0]) <= self.tolerance * start)
-        return s, passes + 2.0 * (k + 1)
+        return s, passes + 2.0 * (k + 2)  # tests: at the start, for its size and before each step, and after the last
 
     def _step(self, problem, s, e, passes):
         whiten, at = _whitened(problem)

@@ -100,13 +100,18 @@ def _hold(found):
     return States(found.ref.x, [a - b for a, b in zip(found.states.hidden, found.ref.hidden)])
 
 # %% ../nbs/05_learning.ipynb 18
+def _unit(v):
+    "The vector over its largest entry, whose squares neither overflow nor underflow."
+    top = jnp.max(jnp.abs(v), initial=0)
+    return v / jnp.where(top > 0, top, 1)
+
 def layer_cosines(
     a: PyTree, # a gradient shaped like a network
     b: PyTree, # another
 ) -> Float[Array, "L"]: # between -1 and 1; 0 where either gradient is 0
     "The cosine of two gradients, layer by layer (weights and biases of a layer together)."
     def cosine(u, v):
-        u, v = (jnp.concatenate([jnp.zeros(0), *(p.ravel() for p in jax.tree.leaves(eqx.filter(t, eqx.is_inexact_array)))]) for t in (u, v))
+        u, v = (_unit(jnp.concatenate([jnp.zeros(0), *(p.ravel() for p in jax.tree.leaves(eqx.filter(t, eqx.is_inexact_array)))])) for t in (u, v))
         size = jnp.linalg.norm(u) * jnp.linalg.norm(v)
         return jnp.where(size > 0, u @ v / jnp.where(size > 0, size, 1), 0.0)
     return jnp.stack([cosine(u, v) for u, v in zip(a.layers, b.layers)])

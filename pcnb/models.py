@@ -139,8 +139,9 @@ class Conv(eqx.Module):
 
     def __call__(self, x):
         x = max_pool(self.activation(x), self.pool)
-        if self.stride == 1 and len(self.weight) % 2: out = convolve(x, self.weight, self.arithmetic)
-        else: out = jax.lax.conv_general_dilated(x[None], self.weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
+        x, weight = (v.astype(jnp.result_type(x, self.weight)) for v in (x, self.weight))
+        if self.stride == 1 and len(weight) % 2: out = convolve(x, weight, self.arithmetic)
+        else: out = jax.lax.conv_general_dilated(x[None], weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
         return out if self.bias is None else out + self.bias[None, None]
 
 # %% ../nbs/06_models.ipynb 22
@@ -260,7 +261,7 @@ class StandardisedConv(eqx.Module):
 
     def __init__(self, n_in, n_out, size=3, activation=identity, pool=1, stride=1, gain=1.0, arithmetic=None, *, key):
         self.conv = Conv(n_in, n_out, size, activation, pool, stride, arithmetic=arithmetic, key=key)
-        self.gain, self.scale = jnp.full(n_out, gain), 1 / float(np.sqrt(size * size * n_in * _variance(activation)))
+        self.gain, self.scale = jnp.full(n_out, float(gain)), 1 / float(np.sqrt(size * size * n_in * _variance(activation)))
 
     def __call__(self, x):
         w = self.conv.weight - self.conv.weight.mean((0, 1, 2), keepdims=True)
@@ -282,7 +283,7 @@ class BatchNorm(eqx.Module):
         momentum: float = 0.1, # share that a new batch takes in the running statistics
     ):
         if not 0 <= momentum <= 1: raise InputError(f"momentum is {momentum}; expected a number from 0 to 1.")
-        self.scale, self.bias = jnp.full(channels, scale), jnp.zeros(channels)
+        self.scale, self.bias = jnp.full(channels, float(scale)), jnp.zeros(channels)
         self.statistics = Statistics(jnp.zeros(channels), jnp.ones(channels), momentum)
 
     def __call__(self, x):
@@ -432,7 +433,10 @@ class PoolAndPad(eqx.Module):
 def pool_and_pad(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], key: Array) -> Callable:
     "The projection of a skip without weights; the identity where the shapes are equal. Raises `InputError` for fewer channels than there are."
     if dst_shape[-1] < src_shape[-1]: raise InputError(f"zeros cannot make {dst_shape[-1]} channels of {src_shape[-1]}; give a network that does not become narrower (a wideresnet has a width of at least 16), or project=learned_projection.")
-    return eqx.nn.Identity() if src_shape == dst_shape else PoolAndPad(src_shape[0] // dst_shape[0], dst_shape[-1])
+    if src_shape == dst_shape: return eqx.nn.Identity()
+    halvings = (2**i for i in range(src_shape[0].bit_length()))  # 15 pixels become 3 by windows of 4, not of 5
+    size = next((s for s in halvings if (src_shape[0] // s, src_shape[1] // s) == dst_shape[:2]), src_shape[0] // dst_shape[0])
+    return PoolAndPad(size, dst_shape[-1])
 
 def resnet(
     in_shape: tuple[int, int, int], # height, width, channels of one image

@@ -175,7 +175,8 @@ class Statistics(eqx.Module):
         return Statistics(move(self.mean, batch.mean), move(self.variance, batch.variance), self.momentum)
 
 def measured(z: Float[Array, "... c"]) -> tuple[Float[Array, "c"], Float[Array, "c"]]: # mean, variance
-    "Those of the batch: over all axes of `z` but the last and over the examples, inside a `vmap` whose axis is named `BATCH`."
+    "Those of the batch: over all axes of `z` but the last and over the examples, inside a `vmap` whose axis is named `BATCH`. Raises `InputError` for one value a channel, which has no variance."
+    if z.size // z.shape[-1] * jax.lax.psum(1, BATCH) < 2: raise InputError(f"a batch of one example, of shape {z.shape}, has no variance in each channel; give batches of two or more, or a normalisation that looks at one example.")
     mean = lambda v: jax.lax.pmean(v.mean(tuple(range(v.ndim - 1))), BATCH)
     centre = mean(z)
     return centre, mean((z - centre.reshape((1,) * (z.ndim - 1) + (-1,))) ** 2)

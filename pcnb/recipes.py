@@ -18,12 +18,15 @@ import platform
 import shutil
 import subprocess
 import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
+try: import fcntl
+except ImportError: fcntl = None  # not a POSIX system
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -101,7 +104,7 @@ class ImageNetworkSetting:
     width: tuple[int, ...] = ()
     """Channels of the first stage, the others in the model's proportion, or of every stage; none: as the model is known."""
     norm: Literal["none", "layer", "group", "standardised", "batch"] = "layer"
-    """Normalisation: none, of layers, of groups of 8 channels, of each filter's weights, or over the batch."""
+    """Normalisation: none, of layers, of 8 groups of channels, of each filter's weights, or over the batch."""
     activation: Activation = "gelu"
     """Nonlinearity, applied to a state before the linear map."""
     pool: Literal["max", "average"] = "max"
@@ -539,32 +542,66 @@ def _read_json(path):
     return values
 
 # %% ../nbs/10_recipes.ipynb 27
+def begun(
+    out: Path, # a run's folder
+) -> bool:
+    "Whether it holds a run to go on with, or a finished one."
+    return any((Path(out) / name).exists() for name in ("checkpoint.eqx", "summary.json"))
+
+def nothing_to_lose(
+    out: Path, # a run's folder
+) -> bool:
+    "Whether it holds a run that was stopped in its first epoch, and nothing else."
+    there = {p.name for p in Path(out).iterdir()} if Path(out).is_dir() else set()
+    return "config.json" in there <= {"config.json", "layers.jsonl"} and _is_run(Path(out))
+
+def _is_run(out): return {"recipe", "settings", "rule"} <= _read_json(out / "config.json").keys()
+
+def _lock(out):
+    "A lock on a run's folder, held until it is closed or its process ends, so that no other process takes the run for a stopped one. Without effect where the system or the disk has no locks."
+    file = open(out / "config.json")
+    try:
+        if fcntl: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{out} is being trained by another process; wait for it, stop it, or choose another folder.") from None
+    except OSError: pass
+    return file
+
 def _claim(out, config, overwrite, resume):
     "Make the run's folder ready, or say why not; returns whether there is a run in it to go on with."
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; choose a folder for the run.")
-    begun = (out / "checkpoint.eqx").exists()
-    there = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    if "config.json" in there <= {"config.json", "layers.jsonl"} and "recipe" in _read_json(out / "config.json"): overwrite = True  # stopped in its first epoch: nothing to lose
-    used = bool(there)
+    for p in (out, out / "twin"):
+        if (p / "config.json").exists(): _lock(p).close()
+    used = out.is_dir() and any(out.iterdir())
+    overwrite = overwrite or nothing_to_lose(out)
     if used and not (overwrite or resume): raise InputError(f"{out} is not empty; use --resume to go on, --overwrite to start anew, or another folder.")
-    if resume and not (begun or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
+    if resume and not (begun(out) or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
     if resume:
         old = _read_json(out / "config.json")
         old["settings"] = to_json(from_json(old.get("settings")))  # what has become an option since takes its default
         new = config | {"settings": to_json(from_json(config["settings"]))}  # in the one form of what has several, such as no backward term
-        changed = [k for k in ("recipe", "settings", "rule", "seed") if old.get(k) != new[k]]
+        changed = [k for k in ("recipe", "settings", "rule", "seed", "record_every") if old.get(k, new[k]) != new[k]]
         if "settings" in changed:
             before, now = _flat(old["settings"]), _flat(new["settings"])
             changed[changed.index("settings")] = ", ".join(f"{k} ({before.get(k)}, now {now.get(k)})" for k in before | now if before.get(k) != now.get(k))
         if changed: raise InputError(f"{out} was made with another {' and '.join(changed)}; resume with the same settings.")
-        if begun: return True
-    if used and not (out / "config.json").exists(): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
+        if begun(out):
+            if said := _other_data(old.get("data", {}), new["data"]): raise InputError(f"{out} {said}; resume with the same files.")
+            return True
+    if used and not ((out / "config.json").exists() and _is_run(out)): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
     try:
         for p in out.iterdir() if used else (): shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
         out.mkdir(parents=True, exist_ok=True)
         _write_json(out / "config.json", config)
     except OSError as e: raise InputError(f"cannot write to {out}: {e.strerror or e}; choose a folder that you may write to.") from None
     return False
+
+def _other_data(old, new):
+    "What there is to say of the unverified files that a run was trained on, if these are others."
+    return "" if old.get("verified", True) or new.get("verified", True) or old.get("files") == new.get("files") else f"was trained on other files of {old.get('set')}: {_listed(old)}, now {_listed(new)}"
+
+def _listed(source): return ", ".join(f"{name} {sha[:12]}" for name, sha in source["files"].items())
 
 # %% ../nbs/10_recipes.ipynb 28
 def train(
@@ -577,12 +614,12 @@ def train(
     overwrite: bool = False, # replace the run in `out`
     resume: bool = False, # go on from the run in `out`
     progress: bool = True,
-    record_every: int = 0, # weight steps between records of every layer, in layers.jsonl; 0: none
+    record_every: int = 0, # batches between records of every layer, in layers.jsonl; 0: none
     stream: bool = False, # read images from disk batch by batch, for a set that does not fit in memory; the run is the same
 ) -> dict: # the summary
     """Run a recipe and write its folder.
 
-    Raises `InputError` for settings, data or a folder that will not do; a run that is there is replaced only after all of them have been checked. A finished run that is resumed says what it said.
+    Raises `InputError` for settings, data or a folder that will not do, or one in which another process trains; a run that is there is replaced only after all of them have been checked. A finished run that is resumed says what it said.
     """
     if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir, stream)
@@ -600,21 +637,27 @@ def train(
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data, seed)
     if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
     if recipe.accumulate > 1: optimiser = optax.MultiSteps(optimiser, recipe.accumulate).gradient_transformation()
-    config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, data=data.source, **environment(), started=now())
+    config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, record_every=record_every, data=data.source, **environment(), started=now())
     if overwrite and (out / "config.json").exists(): _try(net, learning, augment, scale, data, recipe)
     resume = _claim(out, config, overwrite, resume)
-    if resume: config = _read_json(out / "config.json")
-    recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
-    run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
-              resume=resume, callback=recorder, progress=progress)
-    if resume and not run.compile_seconds and (out / "summary.json").exists(): return _read_json(out / "summary.json")  # nothing was left to do
-    save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
-    summary = _summary(config, recipe, run)
-    if recipe.augment.flip != "none":
-        summary["test_top1_flip"] = evaluate(Mirrored(Chain(scale, run.net)), data.test_images, data.test_labels, eqx.nn.Identity(), recipe.energy.build_loss()).top1
-    _save_figures(out, run.metrics, records=recorder.records if recorder else ())
-    _write_json(out / "summary.json", summary)
-    return summary
+    with _lock(out):
+        if resume: config = _read_json(out / "config.json")
+        finished = resume and (out / "summary.json").exists()
+        if finished and ((out / "weights.eqx").exists() or not (out / "checkpoint.eqx").exists()): return _read_json(out / "summary.json")
+        recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
+        try: run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
+                       resume=resume, callback=recorder, progress=progress)
+        except InputError:
+            if nothing_to_lose(out): shutil.rmtree(out)  # refused when it was traced
+            raise
+        save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
+        if finished: return _read_json(out / "summary.json")  # only its weights were missing
+        summary = _summary(config, recipe, run)
+        if recipe.augment.flip != "none":
+            summary["test_top1_flip"] = evaluate(Mirrored(Chain(scale, run.net)), data.test_images, data.test_labels, eqx.nn.Identity(), recipe.energy.build_loss()).top1
+        _save_figures(out, run.metrics, records=recorder.records if recorder else ())
+        _write_json(out / "summary.json", summary)
+        return summary
 
 # %% ../nbs/10_recipes.ipynb 29
 def _data(recipe, data_dir, stream=False):
@@ -691,12 +734,14 @@ class Trained(NamedTuple):
 def load_run(
     out: Path, # a run's folder
     data_dir: Path | None = None, # where the data sets lie
+    stream: bool = False, # leave the training images on disk
 ) -> Trained:
-    "The trained network of a run. Raises `InputError` for a folder that is not a finished run."
+    "The trained network of a run. Raises `InputError` for a folder that is not a finished run; warns if unverified files are not those that it was trained on."
     out = Path(out)
     config = _read_json(out / "config.json")
     recipe = from_json(config.get("settings"))
-    data = _data(recipe, data_dir)
+    data = _data(recipe, data_dir, stream)
+    if said := _other_data(config.get("data", {}), data.source): warnings.warn(f"{out} {said}.", stacklevel=2)
     scale = _scale(recipe, data)
     net = _network(recipe, config.get("rule"), data, scale, jax.random.key(0))
     if not (out / "weights.eqx").exists(): raise InputError(f"{out} has no weights.eqx: the run is not finished, or its weights were not kept. Go on with it by --resume, or train it anew.")
@@ -705,22 +750,26 @@ def load_run(
 def evaluate_run(
     out: Path, # a run's folder
     data_dir: Path | None = None, # where the data sets lie
+    stream: bool = False, # leave the training images on disk
 ) -> Score:
-    "Score the saved weights of a run on the set that it was scored on. Raises `InputError` for a folder that is not a finished run."
-    net, scale, data, recipe = load_run(out, data_dir)
+    "Score the saved weights of a run on the set that it was scored on. Raises `InputError` and warns as `load_run`."
+    net, scale, data, recipe = load_run(out, data_dir, stream)
     return evaluate(net, data.test_images, data.test_labels, scale, recipe.energy.build_loss())
 
 # %% ../nbs/10_recipes.ipynb 32
 def _runs(folders):
     "{(name, rule, recipe): [(seed, summary, metrics), ...]} of the finished runs in these folders; a twin inside a run's folder is found."
-    places = [p for f in map(Path, folders) for p in (f, f / "twin") if p == f or (p / "summary.json").exists()]
+    named = {p.resolve(): p for p in map(Path, folders)}  # each once, by the name that it was given
+    places = named | {p.resolve(): p for f in named.values() if (p := f / "twin") and (p / "summary.json").exists() and p.resolve() not in named}
     if not places: raise InputError("there are no runs to compare; name at least one run's folder.")
     groups = {}
-    for p in {q.resolve(): q for q in places}.values():  # each once, by the name that it was given
+    for at, p in places.items():
         (config, metrics), summary = read_run(p), _read_json(p / "summary.json")
         recipe, rule = from_json(config.get("settings")), config.get("rule")
         runs = groups.setdefault((config.get("recipe"), rule, _shared(recipe) if rule == "backprop" else recipe), [])
-        if any(seed == config.get("seed") for seed, *_ in runs): raise InputError(f"{p} has the seed {config.get('seed')} of another run with its settings; name one of them.")
+        if any(seed == config.get("seed") for seed, *_ in runs):
+            if at not in named: continue  # runs that differ in their energy or inference share a twin
+            raise InputError(f"{p} has the seed {config.get('seed')} of another run with its settings; name one of them.")
         runs.append((config.get("seed"), summary, metrics))
     return groups
 

@@ -103,17 +103,18 @@ def branch_gains(
 ) -> tuple[float, ...]: # one factor a layer
     "1 / sqrt(depth / span) for a layer whose prediction a skip joins, where span is the shortest such skip's, and 1 for every other layer."
     spans = [min((d - s for s, d in ends if d == l), default=None) for l in range(1, depth + 1)]
-    return tuple(1.0 if k is None else 1 / np.sqrt(depth / k) for k in spans)
+    return tuple(1.0 if k is None else float(1 / np.sqrt(depth / k)) for k in spans)
 
 def _gains(net): return branch_gains(net.depth, tuple((s.src, s.dst) for s in net.skips))
 
 def scale_branches(
     net: PCNetwork, # is not changed
 ) -> PCNetwork:
-    "The network with each branch scaled by `branch_gains`, in its initial weights. Raises `InputError` for a branch with other arrays than one weight and its bias, in which it would not be linear."
+    "The network with each branch scaled by `branch_gains`, in its initial weights. Raises `InputError` for a branch without weights, or with other arrays than one weight and its bias, in which it would not be linear."
     def scaled(l, f, gain):
         if gain == 1: return f
         at = [path for path, _ in jax.tree_util.tree_leaves_with_path(eqx.filter(f, eqx.is_inexact_array))]
+        if not at: raise InputError(f"layer {l} ({getattr(f, '__name__', type(f).__name__)}) has no weights in which its branch could be scaled. Wrap it: Scaled(layer, {gain:.3g}).")
         if len({path[:-1] for path in at}) > 1 or not {getattr(path[-1], "name", None) for path in at} <= {"weight", "bias"}:
             raise InputError(f"layer {l} ({type(f).__name__}) has arrays beside a weight and a bias; its branch cannot be scaled in its weights. Wrap it: Scaled(layer, {gain:.3g}).")
         return jax.tree.map(lambda p: gain * p if eqx.is_inexact_array(p) else p, f)

@@ -47,7 +47,8 @@ def _score_batch(net, scale, loss, images, labels, index, real):
     itself = (index == labels[:, None]) & (own == own)  # by its place: a compiler may compute `own` once more, and round it otherwise
     rank = jnp.sum(~(behind | itself), 1)  # how many outputs beat the label's
     losses = jax.vmap(loss)(out, jax.nn.one_hot(labels, out.shape[1]))
-    return jnp.stack([jnp.sum(real * v) for v in (rank < 1, rank < 5, losses)])
+    known = real * (own[:, 0] == own[:, 0])
+    return jnp.stack([jnp.sum(v) for v in (known * (rank < 1), known * (rank < 5), real * losses)])
 
 def evaluate(
     net: PCNetwork,

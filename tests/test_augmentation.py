@@ -188,12 +188,12 @@ def test_alternating_flip_depends_on_example_and_epoch_only(getkey):
 @given(st.integers(1, 7), st.integers(0, 2**31))
 def test_cutout_fills_a_square_around_a_pixel(size, seed):
     image = jnp.full((5, 6, 3), 200, jnp.uint8)
-    hidden = np.asarray(Cutout(size, (1, 2, 3))(image, key=jax.random.key(seed)))
+    hidden = np.asarray(Cutout(size, (1, 2.6, 3.4))(image, key=jax.random.key(seed)))
     squares = []
     for r in range(5):
         for c in range(6):
             square, top, left = np.full((5, 6, 3), 200), r - size // 2, c - size // 2
-            square[max(top, 0):top + size, max(left, 0):left + size] = (1, 2, 3)
+            square[max(top, 0):top + size, max(left, 0):left + size] = (1, 3, 3)  # a colour between two of uint8 is rounded
             squares.append(square)
     assert hidden.dtype == np.uint8 and any((hidden == s).all() for s in squares)
 

@@ -13,7 +13,7 @@ from pcnb.inference import LBFGS, ErrorDescent, GaussNewton, GradientDescent, Sw
 from pcnb.lalr import lalr
 from pcnb.learning import Backprop, IncrementalPC, PredictiveCoding, layer_cosines
 from pcnb.log_determinant import LogDeterminant
-from pcnb.models import BatchNorm, BatchNormConv, Chain, Conv, Dense, GlobalAverage, MaxPool, mlp, resnet, vgg
+from pcnb.models import BatchNorm, BatchNormConv, Chain, Conv, Dense, GlobalAverage, MaxPool, StandardisedConv, mlp, resnet, vgg
 from pcnb.network import BATCH, InputError, PCNetwork, Skip, Statistics, freeze, live, parameter_count, statistics, with_statistics
 from pcnb.nudging import CentredPC
 from pcnb.training import evaluate, fit
@@ -66,6 +66,18 @@ def test_a_part_outside_the_forward_pass_is_refused():
     decoders = [Conv(4, 2, key=jax.random.key(0)), BatchNormConv(4, 4, key=jax.random.key(0))]
     net = PCNetwork([BatchNormConv(2, 4, key=jax.random.key(0)), Conv(4, 4, key=jax.random.key(0))], (4, 4, 2), decoders=decoders)
     with pytest.raises(InputError, match="is in no layer or skip"): freeze(net, IMAGES)
+
+
+def test_one_value_a_channel_has_no_variance():
+    net = PCNetwork([Chain(Dense(3, 4, key=jax.random.key(0)), BatchNorm(4)), Dense(4, 2, key=jax.random.key(1))], (3,))
+    with pytest.raises(InputError, match="a batch of one example, of shape \\(4,\\), has no variance"): freeze(net, jnp.ones((1, 3)))
+    freeze(net, jnp.ones((2, 3)))
+    freeze(NET, IMAGES[:1])  # an image has many values a channel
+
+
+def test_a_scale_of_whole_numbers_is_trained():
+    for part in (BatchNorm(4, 1), BatchNormConv(2, 4, gain=1, key=jax.random.key(0)), StandardisedConv(2, 4, gain=2, key=jax.random.key(0))):
+        assert all(eqx.is_inexact_array(p) for p in jax.tree.leaves(eqx.filter(part, eqx.is_array)))
 
 
 def test_inference_sees_the_others_through_the_statistics_alone():

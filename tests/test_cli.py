@@ -12,6 +12,7 @@ import pytest
 import pcnb.training
 from pcnb.cli import COMMANDS, _training, main
 from pcnb.data import load
+from pcnb.diagnostics import read_records
 from pcnb.recipes import RECIPES, AdamSetting, CNNSetting, GradientDescentSetting, from_json, to_json
 from pcnb.training import read_metrics
 
@@ -295,6 +296,45 @@ def test_stopped_run_goes_on_to_the_same_end(run, tmp_path, refuse, printed, mon
     assert list(map(timeless, read_metrics(out / "metrics.jsonl"))) == list(map(timeless, read_metrics(run / "metrics.jsonl")))
     assert timeless(summary(out)) == timeless(summary(run))
     assert (out / "weights.eqx").read_bytes() == (run / "weights.eqx").read_bytes()
+
+
+def test_lost_weights_come_back_from_the_checkpoint(run, tmp_path, printed, refuse):
+    out = copy(run, tmp_path / "run")
+    (out / "weights.eqx").unlink()
+    assert "Go on with it by --resume" in refuse("evaluate", out)
+    printed(*TINY, "--out", out, "--resume")
+    assert files(out).values() and {p.name: b for p, b in files(out).items()} == {p.name: b for p, b in files(run).items()}
+
+
+def test_records_go_on_behind_a_line_that_was_cut_off(tmp_path, printed, refuse, monkeypatch):
+    out, argv, epoch = tmp_path / "run", [*TINY, "--record-every", 2], pcnb.training._epoch
+    def stopped(*args):
+        if "epoch 2/2" in [a for a in args if isinstance(a, str)]: raise KeyboardInterrupt
+        return epoch(*args)
+    monkeypatch.setattr(pcnb.training, "_epoch", stopped)
+    refuse(*argv, "--out", out, code=130)
+    monkeypatch.setattr(pcnb.training, "_epoch", epoch)
+    first = read_records(out / "layers.jsonl")
+    with open(out / "layers.jsonl", "a") as f: f.write('{"step": 6, "ener')
+    assert "another record_every" in refuse(*argv[:-1], 3, "--out", out, "--resume")
+    printed(*argv, "--out", out, "--resume")
+    assert [r["step"] for r in read_records(out / "layers.jsonl")] == [1, 2, 4, 6, 8] and read_records(out / "layers.jsonl")[:3] == first
+
+
+def test_other_files_than_those_of_the_run_are_told(tmp_path, printed, refuse, monkeypatch):
+    of = lambda name: replace(load("digits"), source={"set": "digits", "verified": False, "files": {"digits-files/": name * 64}})
+    monkeypatch.setattr(pcnb.recipes, "load", lambda *_: of("1"))
+    printed(*TINY, "--out", tmp_path / "run")
+    printed("evaluate", tmp_path / "run")
+    monkeypatch.setattr(pcnb.recipes, "load", lambda *_: of("2"))
+    assert "was trained on other files of digits: digits-files/ 111111111111, now digits-files/ 222222222222" in refuse(*TINY, "--out", tmp_path / "run", "--resume")
+    with pytest.warns(UserWarning, match="was trained on other files of digits"): printed("evaluate", tmp_path / "run")
+
+
+def test_a_run_can_be_scored_without_its_training_images_in_memory(run, printed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream: asked.append(stream) or load(name))
+    assert printed("evaluate", run) == printed("evaluate", run, "--stream") and asked == [False, True]
 
 
 def test_overwrite_replaces(run, tmp_path, printed):

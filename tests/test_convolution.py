@@ -10,7 +10,7 @@ from scipy.signal import correlate2d
 
 from pcnb import Backprop, ForwardEnergy, GaussNewton, InputError, PredictiveCoding, conv, layer_cosines, vgg
 from pcnb.convolution import _taps, _winograd, _winograd_gradient
-from pcnb.models import BatchNormConv, Conv, StandardisedConv
+from pcnb.models import BatchNormConv, Conv, StandardisedConv, cnn
 from pcnb.recipes import ImageNetworkSetting
 
 
@@ -44,6 +44,26 @@ def test_definition_and_finite_differences(size, c, d, getkey):
 def test_double_precision_stays(getkey, x64):
     x, w = jax.random.normal(getkey(), (5, 6, 32), jnp.float64), jax.random.normal(getkey(), (3, 3, 32, 32), jnp.float64)
     assert conv(x, w).dtype == jnp.float64 and near(conv(x, w), by_definition(x, w), 1e-14)
+
+
+def test_networks_in_double_precision(getkey, x64):
+    "Strides and even kernels too; float32 images, as of Scale, are taken as they are."
+    net = cnn((8, 8, 3), 5, (4, 8), key=getkey())
+    x = jax.random.normal(getkey(), (8, 8, 3), jnp.float32)
+    assert net(x).dtype == jnp.float64 and {p.dtype for p in jax.tree.leaves(jax.grad(lambda n: jnp.sum(n(x)**2))(net))} == {jnp.dtype(jnp.float64)}
+
+
+@pytest.mark.parametrize("n_in, size, stride", [(32, 3, 1), (2, 3, 1), (2, 5, 2), (2, 2, 1)])
+def test_whole_numbers_are_read_as_they_are(n_in, size, stride, getkey):
+    layer, image = Conv(n_in, 32, size, stride=stride, key=getkey()), jax.random.randint(getkey(), (6, 6, n_in), 0, 256).astype(jnp.uint8)
+    np.testing.assert_allclose(layer(image), layer(image.astype(jnp.float32)), rtol=1e-5, atol=1e-3)
+
+
+def test_rounding_acts_in_both_directions_alike(getkey):
+    "Where a kernel has no fast form its arithmetic is left out, in the product and in its slopes: a bilinear map's slope in the kernel, times the kernel, is the map."
+    x, w = jax.random.normal(getkey(), (6, 6, 32)), jax.random.normal(getkey(), (5, 5, 32, 32))
+    out, back = jax.vjp(lambda w: conv(x, w, "bfloat16"), w)
+    assert np.isclose(np.vdot(back(out)[0], w), np.vdot(out, out), rtol=1e-5)
 
 
 def test_rounding_is_of_operands_only(getkey):
@@ -87,6 +107,7 @@ def test_bad_input(getkey):
     with pytest.raises(InputError, match=r"kernel has shape \(2, 2, 2, 4\)"): conv(jnp.zeros((4, 4, 2)), w[:2, :2])
     with pytest.raises(InputError, match=r"image has shape \(4, 4, 3\)"): conv(jnp.zeros((4, 4, 3)), w)
     with pytest.raises(InputError, match="use jax.vmap"): conv(jnp.zeros((5, 4, 4, 2)), w)
+    with pytest.raises(InputError, match="the image is of uint8; expected floating-point numbers"): conv(jnp.zeros((4, 4, 2), jnp.uint8), w)
     with pytest.raises(InputError, match="float16"): ImageNetworkSetting(arithmetic="float16").build((32, 32, 3), 10, getkey())
 
 

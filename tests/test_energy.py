@@ -245,7 +245,7 @@ def test_cross_entropy_of_huge_outputs():
 
 @pytest.mark.parametrize("make", [
     lambda: ForwardEnergy(precision=-1.0), lambda: ForwardEnergy(precision=(1.0, -2.0)), lambda: ForwardEnergy(output_precision=-0.1),
-    lambda: ForwardEnergy(precision=float("nan")), lambda: BidirectionalEnergy(precision=-1.0), lambda: BidirectionalEnergy(output_precision=float("nan")),
+    lambda: ForwardEnergy(precision=float("nan")), lambda: ForwardEnergy(precision=jnp.array([1.0, -1.0])), lambda: ForwardEnergy(output_precision=np.float32(-1)), lambda: BidirectionalEnergy(precision=-1.0), lambda: BidirectionalEnergy(output_precision=float("nan")),
     lambda: BidirectionalEnergy(alpha=-1.0), lambda: BidirectionalEnergy(alpha=(0.1, float("nan"), 0.1))])
 def test_weights_below_zero_are_refused(make):
     with pytest.raises(InputError, match="expected a number >= 0"): make()

@@ -563,6 +563,13 @@ def test_negative_settings_are_refused(make):
     with pytest.raises(InputError, match="expected a number >= 0"): make()
 
 
+@pytest.mark.parametrize("precision", [(1.0, 0.0), np.array([1.0, 0.0], np.float32), jnp.zeros(()), np.int64(0)])
+@pytest.mark.parametrize("algorithm", [GaussNewton(1, 1), LBFGS(1)], ids=["Gauss-Newton", "LBFGS"])
+def test_a_precision_of_zero_is_refused_where_it_is_divided_by(algorithm, precision, small):
+    net, _, x, y = small
+    with pytest.raises(InputError, match="need precisions > 0; got 0"): infer(net, ForwardEnergy(precision=precision), algorithm, x[0], y[0])  # a traced one cannot be looked at
+
+
 def test_what_does_not_go_together_is_refused(small):
     net, _, x, y = small
     call = lambda energy, algorithm: infer(net, energy, algorithm, x[0], y[0])

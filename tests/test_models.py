@@ -89,6 +89,18 @@ def test_skips_of_a_vgg_add_what_they_lead_past(norm):
     assert not plain.skips and all(eqx.tree_equal(net.layers[l], plain.layers[l]) for l in (0, 1, 3, 4))
 
 
+@pytest.mark.parametrize("shape, span", [((24, 32, 3), 1), ((30, 32, 3), 3), ((28, 28, 3), 3), ((15, 15, 3), 2)])
+def test_a_skip_pools_by_the_windows_of_the_poolings_that_it_passes(shape, span):
+    "A skip past poolings by 2 takes means over 2, 4 or 8 pixels, on any size and any shape, and leaves out the edge that they leave out."
+    net = vgg(shape, 5, ((4,), (4,), (4,), (4,))[:3 if shape[0] < 24 else 4], skips=span, key=KEY)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*shape[:2], 4)), jnp.float32)
+    for s in net.skips:
+        h, w, _ = net.shapes[s.src]
+        wanted = x[:h, :w]
+        for _ in range(span): wanted = avg_pool(wanted, 2)
+        np.testing.assert_allclose(s.module(x[:h, :w]), wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("depth, widen", [(10, 1), (16, 4), (28, 10)])
 def test_wideresnet_by_formula(depth, widen):
     blocks = (depth - 4) // 6

@@ -84,9 +84,50 @@ def test_a_run_without_its_twin_is_not_finished():
 
 def test_folders_beginnings_and_divergence(monkeypatch, capsys):
     calls = trained(monkeypatch)
-    plan("mlp/a digits --epochs 7\nmlp/b digits --epochs 2\ncnn/a digits --epochs 3\n", "--out", "there", "--only", "mlp")
-    assert calls == [("there/mlp/a", 7, False), ("there/mlp/b", 2, False)]
+    with pytest.raises(SystemExit) as stopped: plan("mlp/a digits --epochs 7\nmlp/b digits --epochs 2\ncnn/a digits --epochs 3\n", "--out", "there", "--only", "mlp")
+    assert stopped.value.code == 1 and calls == [("there/mlp/a", 7, False), ("there/mlp/b", 2, False)]
     assert "there/mlp/a: the loss is nan" in capsys.readouterr().err
+
+
+def test_perceptrons_come_before_convolutions(monkeypatch):
+    calls = trained(monkeypatch)
+    plan("a mnist-cnn\nb digits --epochs 2\nc cifar10-cpu\nd mnist-mlp\n")
+    assert [folder[-1] for folder, *_ in calls] == ["b", "d", "a", "c"]
+
+
+def test_runs_that_share_a_twin_are_reported(capsys):
+    "Each has a twin inside; these are the same run, and one of them is shown beside both."
+    plan("".join(f"{name} {RUN.replace('--no-twin', '--twin')} --energy.output-precision {p}\n" for name, p in (("a", 0.1), ("b", 0.2))))
+    twin, other = (json.loads(Path("runs/p", n, "twin/summary.json").read_text())["test_top1"] for n in "ab")
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| digits")]
+    assert twin == other and len(rows) == 2 and all(row[8].strip() == f"{100 * twin:.2f}" for row in rows)
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_kept():
+    text = f"a {RUN.replace('--no-twin', '--twin')}\n"
+    plan(text)
+    for name in ("checkpoint.eqx", "twin/summary.json"): Path("runs/p/a", name).unlink()
+    kept = {name: Path("runs/p/a", name).read_bytes() for name in ("summary.json", "weights.eqx", "config.json", "metrics.jsonl")}
+    plan(text)
+    assert Path("runs/p/a/twin/summary.json").exists() and kept == {name: Path("runs/p/a", name).read_bytes() for name in kept}
+
+
+def test_a_refused_line_can_be_corrected(capsys):
+    assert "precision has 3 values" in refused(f"a {RUN} --energy.precision 1 2 3\n", capsys)
+    assert not Path("runs/p/a").exists()
+    plan(f"a {RUN}\n")
+    assert Path("runs/p/a/summary.json").exists()
+
+
+def test_a_run_in_training_is_not_taken_over(capsys):
+    "Its first epoch looks like that of a run that was stopped."
+    main(["train", *RUN.split(), "--quiet", "--out", "r"])
+    for path in Path("r").iterdir():
+        if path.name != "config.json": shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for how in ([], ["--resume"], ["--overwrite"]):
+        with pcnb.recipes._lock(Path("r")), pytest.raises(SystemExit): main(["train", *RUN.split(), "--quiet", "--out", "r", *how])
+        assert "r is being trained by another process" in capsys.readouterr().err and [p.name for p in Path("r").iterdir()] == ["config.json"]
+    main(["train", *RUN.split(), "--quiet", "--out", "r"])
 
 
 @pytest.mark.parametrize("text, said", [
@@ -149,6 +190,8 @@ def test_a_folder_with_more_than_a_stopped_run_is_left_alone(capsys):
     for name in ("mine", "other"):
         with pytest.raises(SystemExit): main(["train", *RUN.split(), "--quiet", "--out", name])
         assert "is not empty" in capsys.readouterr().err
+        with pytest.raises(SystemExit): main(["train", *RUN.split(), "--quiet", "--out", name, "--overwrite"])
+        assert f"{name} is not a run's folder" in capsys.readouterr().err
     assert Path("mine/thesis.txt").read_text() == "years of work" and "not a run" in Path("other/config.json").read_text()
 
 

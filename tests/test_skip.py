@@ -150,6 +150,8 @@ def test_what_does_not_fit_is_an_error(getkey):
     with pytest.raises(InputError, match="0 <= src < dst <= 3"): PCNetwork(net.layers, (9, 9, 1), [Skip(1, 4)])                                  # no such state
     with pytest.raises(InputError, match=r"layer 1 \(Conv\) has no weight of shape \(n_out, n_in\); muPC is for dense layers"):
         mupc(net, key=getkey())
+    bare = PCNetwork([jnp.tanh, jnp.tanh, jnp.tanh], (3,), [Skip(1, 2)])
+    with pytest.raises(InputError, match=r"layer 2 \(tanh\) has no weights in which its branch could be scaled. Wrap it: Scaled\(layer, 0.577\)"): scale_branches(bare)
 
 
 def test_branch_gains():
@@ -169,6 +171,8 @@ def test_scaled_branches_are_scaled(span, getkey):
         mu = f(states[-1])
         states.append(states[ends[l]] + (span / 6) ** 0.5 * mu if l in ends else mu)
     np.testing.assert_allclose(got(x), states[-1], rtol=1e-5, atol=1e-6)
+    half = scale_branches(jax.tree.map(lambda p: p.astype(jnp.bfloat16) if eqx.is_inexact_array(p) else p, net))
+    assert {p.dtype for p in jax.tree.leaves(eqx.filter(half, eqx.is_inexact_array))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_mlp_draws_what_scaling_would(getkey):

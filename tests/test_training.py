@@ -364,6 +364,8 @@ def test_a_dead_network_scores_no_better_than_guessing(value):
     labels = np.arange(14) % 7
     got = evaluate(Itself(), np.full((14, 7), value, np.float32), labels, itself, SquaredError(), batch_size=4)
     assert got.top1 <= 1 / 7 + 1e-6 and got.top5 <= 5 / 7 + 1e-6
+    few = evaluate(Itself(), np.full((14, 3), value, np.float32), np.arange(14) % 3, itself, SquaredError())
+    assert few.top5 == (0 if np.isnan(value) else 1)  # fewer classes than five
 
 
 # bad input
