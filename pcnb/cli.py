@@ -26,7 +26,7 @@ from .models import MODELS, find_model, layer_table
 from .data import describe
 from .training import Diverged
 from .recipes import (RECIPES, AdamSetting, CNNSetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, Recipe,
-                          MuonSetting, SGDSetting, SweepSetting, begun, compare, evaluate_run, find_recipe, from_json, nothing_to_lose, report, report_figure, to_json, train, _read_json)
+                          MuonSetting, SGDSetting, SweepSetting, compare, evaluate_run, find_recipe, from_json, report, report_figure, to_json, train, _begun, _nothing_to_lose, _read_json)
 from .bench import Bench, CheckFailed
 
 # %% ../nbs/11_cli.ipynb 7
@@ -87,7 +87,7 @@ class Train(Recipe):
         if self.twin and self.rule != "backprop":
             if not self.quiet: print("its twin, trained by backpropagation:", flush=True)
             # A twin that is not begun was stopped in its first epoch; --overwrite has removed any other with the run around it.
-            resume = self.resume and begun(out / "twin")
+            resume = self.resume and _begun(out / "twin")
             runs[out / "twin"] = run(out / "twin", "backprop", overwrite=not resume, resume=resume)
             compare(out, out / "twin")
         print(_table(runs))
@@ -214,7 +214,7 @@ class Plan:
         for folder, run in runs.items(): _check_same(folder, run)
         for folder, run in sorted(runs.items(), key=lambda item: not isinstance(item[1].network, MLPSetting)):
             if all((f / "summary.json").exists() for f in (folder, folder / "twin")[:1 + (run.twin and run.rule != "backprop")]): continue
-            resume = begun(folder)
+            resume = _begun(folder)
             try: replace(run, out=folder, data_dir=self.data_dir, quiet=self.quiet, resume=resume, overwrite=not resume)()
             except Diverged as e: diverged.append(f"{folder}: {e}")
             except InputError as e: refused.append(f"{folder} was not trained: {e}")
@@ -254,7 +254,7 @@ def _planned(path):
 
 def _check_same(folder, run):
     "A run that is there must be the one that is planned."
-    if not (folder / "config.json").exists() or nothing_to_lose(folder): return
+    if not (folder / "config.json").exists() or _nothing_to_lose(folder): return
     config = _read_json(folder / "config.json")
     there = config.get("recipe"), config.get("rule"), config.get("seed"), from_json(config.get("settings"))
     planned = from_json(to_json(Recipe(**{f.name: getattr(run, f.name) for f in fields(Recipe)})))  # in the form in which it is written down

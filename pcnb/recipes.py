@@ -542,18 +542,14 @@ def _read_json(path):
     return values
 
 # %% ../nbs/10_recipes.ipynb 27
-def begun(
-    out: Path, # a run's folder
-) -> bool:
-    "Whether it holds a run to go on with, or a finished one."
-    return any((Path(out) / name).exists() for name in ("checkpoint.eqx", "summary.json"))
+def _begun(out):
+    "Whether a folder holds a run to go on with, or a finished one."
+    return any((out / name).exists() for name in ("checkpoint.eqx", "summary.json"))
 
-def nothing_to_lose(
-    out: Path, # a run's folder
-) -> bool:
-    "Whether it holds a run that was stopped in its first epoch, and nothing else."
-    there = {p.name for p in Path(out).iterdir()} if Path(out).is_dir() else set()
-    return "config.json" in there <= {"config.json", "layers.jsonl"} and _is_run(Path(out))
+def _nothing_to_lose(out):
+    "Whether a folder holds a run that was stopped in its first epoch, and nothing else."
+    there = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    return "config.json" in there <= {"config.json", "layers.jsonl"} and _is_run(out)
 
 def _is_run(out): return {"recipe", "settings", "rule"} <= _read_json(out / "config.json").keys()
 
@@ -574,9 +570,9 @@ def _claim(out, config, overwrite, resume):
     for p in (out, out / "twin"):
         if (p / "config.json").exists(): _lock(p).close()
     used = out.is_dir() and any(out.iterdir())
-    overwrite = overwrite or nothing_to_lose(out)
+    overwrite = overwrite or _nothing_to_lose(out)
     if used and not (overwrite or resume): raise InputError(f"{out} is not empty; use --resume to go on, --overwrite to start anew, or another folder.")
-    if resume and not (begun(out) or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
+    if resume and not (_begun(out) or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
     if resume:
         old = _read_json(out / "config.json")
         old["settings"] = to_json(from_json(old.get("settings")))  # what has become an option since takes its default
@@ -586,7 +582,7 @@ def _claim(out, config, overwrite, resume):
             before, now = _flat(old["settings"]), _flat(new["settings"])
             changed[changed.index("settings")] = ", ".join(f"{k} ({before.get(k)}, now {now.get(k)})" for k in before | now if before.get(k) != now.get(k))
         if changed: raise InputError(f"{out} was made with another {' and '.join(changed)}; resume with the same settings.")
-        if begun(out):
+        if _begun(out):
             if said := _other_data(old.get("data", {}), new["data"]): raise InputError(f"{out} {said}; resume with the same files.")
             return True
     if used and not ((out / "config.json").exists() and _is_run(out)): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
@@ -648,7 +644,8 @@ def train(
         try: run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
                        resume=resume, callback=recorder, progress=progress)
         except InputError:
-            if nothing_to_lose(out): shutil.rmtree(out)  # refused when it was traced
+            if _nothing_to_lose(out):  # refused when it was traced
+                for p in list(out.iterdir()): p.unlink()
             raise
         save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
         if finished: return _read_json(out / "summary.json")  # only its weights were missing

@@ -114,7 +114,7 @@ def test_a_finished_run_whose_checkpoint_is_gone_is_kept():
 
 def test_a_refused_line_can_be_corrected(capsys):
     assert "precision has 3 values" in refused(f"a {RUN} --energy.precision 1 2 3\n", capsys)
-    assert not Path("runs/p/a").exists()
+    assert not list(Path("runs/p/a").iterdir())
     plan(f"a {RUN}\n")
     assert Path("runs/p/a/summary.json").exists()
 
