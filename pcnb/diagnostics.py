@@ -147,7 +147,7 @@ def layer_figures(
         image = a.imshow(shown, norm=norm, cmap=None if logarithmic else "RdBu", aspect="auto", origin="lower", interpolation="nearest",
                          extent=(records[0][key], max(records[-1][key], records[0][key] + 1), 0.5, len(values) + 0.5))
         maps.colorbar(image, ax=a)
-        a.set(xlabel="weight step" if key == "step" else "epoch", ylabel="layer", title=label)
+        a.set(xlabel="batch" if key == "step" else "epoch", ylabel="layer", title=label)
         b.plot(range(1, len(values) + 1), values[:, -1], "o-", ms=3)
         b.set(xlabel="layer", ylabel=label)
         for axis in (a.xaxis, a.yaxis, b.xaxis): axis.get_major_locator().set_params(integer=True)

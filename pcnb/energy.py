@@ -86,7 +86,7 @@ def _forward_learning(energy, net, s, y):
 
 # %% ../nbs/01_energy.ipynb 15
 class ForwardEnergy(AbstractEnergy):
-    """Squared prediction errors and the output's loss: the energy of Whittington and Bogacz, 2017, eq. 2.5.
+    """Squared prediction errors and the output's loss: the energy of Whittington and Bogacz, 2017, sec. 2.
 
     Raises `InputError` for a negative precision, or a number of precisions that is not the number of hidden states.
     """

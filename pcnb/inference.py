@@ -173,7 +173,7 @@ class GradientDescent(AbstractInference):
     `wavefront` leaves out, in the first eight steps, gradients that are zero because the error has not arrived yet. That is exact for energies that are at rest
     at the feedforward state (forward, and difference form) and steppers that keep zero at zero (not with weight decay or noise).
     Raises `InputError` for negative steps or tolerance, the wave with an energy in plain form, or a tolerance beside a schedule. Source: Whittington and
-    Bogacz, 2017, eq. 2.16; schedules in notebook 02b.
+    Bogacz, 2017, sec. 2; schedules in notebook 02b.
     """
     steps: int = 16                                        # at most
     stepper: optax.GradientTransformation = optax.sgd(0.1) # makes the step from the gradient
@@ -275,7 +275,7 @@ def _whitened(problem):
     return lambda eps: [w * e for w, e in zip(scale, eps)], lambda z, known=None: problem.at_errors([v / w for w, v in zip(scale, z)], known)
 
 def _linearised(problem, at, z, s):
-    "Residuals `r`, output's slope, the map `J` from a change of `z` to theirs, and the loss's Hessian `H` in the output; `s` are the states at `z`."
+    "Residuals `r`, slope of the output's term, the map `J` from a change of `z` to theirs, and the Hessian `H` of that term in the output; `s` are the states at `z`."
     (r, out), J = jax.linearize(lambda z: (lambda s: (problem.residuals(s), s.x[-1]))(at(z, s.x)), z)
     slope = jax.grad(problem.output)
     return r, slope(out), J, lambda v: jax.jvp(slope, (out,), (v,))[1]
@@ -365,11 +365,10 @@ class GaussNewton(AbstractInference):
         if not self.tolerance:
             s, _, passes = _iterate(lambda c, _: (self._step(problem, *c), None), carry, self.steps)[0]
             return s, passes
-        residual = lambda s: _norm(problem.gradient(s.hidden, s.eps))
-        start = residual(problem.ref)
-        (s, _, passes), k = _repeat(lambda c: self._step(problem, *c), carry, self.steps,
-                                    lambda c: residual(c[0]) <= self.tolerance * start)
-        return s, passes + 2.0 * (k + 2)  # tests: at the start, for its size and before each step, and after the last
+        tested = lambda c: (c, _norm(problem.gradient(c[0].hidden, c[0].eps)))
+        start = tested(carry)
+        ((s, _, passes), _), k = _repeat(lambda c: tested(self._step(problem, *c[0])), start, self.steps, lambda c: c[1] <= self.tolerance * start[1])
+        return s, passes + 2.0 * (k + 1)  # tests: at the start and after each step
 
     def _step(self, problem, s, e, passes):
         whiten, at = _whitened(problem)

@@ -67,7 +67,7 @@ class PredictiveCoding(AbstractRule):
     """Predictive coding: infer the states, then one weight step down the energy's local gradient.
 
     The gradient scales with the precisions, so with a small output precision plain SGD takes small steps. Source: Whittington and
-    Bogacz, 2017, eq. 2.18; `held` is the fixed-prediction assumption of Millidge et al., 2020.
+    Bogacz, 2017, sec. 2; `held` is the fixed-prediction assumption of Millidge et al., 2020.
     """
     energy: AbstractEnergy = ForwardEnergy()          # what is minimised
     inference: AbstractInference = GaussNewton()      # how the states are found

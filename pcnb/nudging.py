@@ -19,7 +19,7 @@ class CentredPC(AbstractRule):
     """Predictive coding with two phases, of output precision p and -p; the weights descend the difference of their learning gradients over 2 p.
 
     The gradient has the size of backpropagation's, from which it differs by O(p^2). Decoders learn from the positive phase. The negative phase has a minimum only while
-    p times the largest eigenvalue of K stays below 1 (linearised, squared error): with unit precisions a p below 1 / (outputs x `sensitivity`) is, on average over the examples. Raises `InputError` for an output precision
+    p times the largest eigenvalue of K stays below 1 (linearised, squared error): with unit precisions that holds for a p below 1 / (outputs x `sensitivity`) on an example of average sensitivity. Raises `InputError` for an output precision
     that is not positive. Source: Kerjan et al., 2026, arXiv 2606.03584; Laborieux et al., 2021, arXiv 2006.03824.
     """
     energy: AbstractEnergy = ForwardEnergy(output_precision=0.1)  # of the positive phase

@@ -8,6 +8,7 @@ import optax
 import pytest
 from hypothesis import given
 
+import pcnb.augmentation
 from pcnb.augmentation import Affine, AlternatingFlip, Batch, Compose, Crop, Cutout, CutMix, Flip, Mixup, Shift, augment_batch, warp
 from pcnb.data import Dataset
 from pcnb.learning import Backprop
@@ -234,6 +235,17 @@ def test_cutmix_pastes_one_box_and_counts_its_area(seed):
     rows, columns = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
     assert pasted.sum() == len(rows) * len(columns) and all((np.diff(i) == 1).all() for i in (rows, columns))  # a box without gaps
     np.testing.assert_allclose(out.targets, (1 - pasted.mean()) * np.eye(6) + pasted.mean() * np.roll(np.eye(6), 1, 0), atol=1e-6)
+
+
+def test_a_cutmix_box_has_the_share_of_the_image_that_was_drawn(monkeypatch):
+    "In the middle, where none of it is cut off: half of the image on average over shares from 0 to 1, and as high as it is wide."
+    monkeypatch.setattr(pcnb.augmentation, "_centre", lambda key, shape: (shape[0] // 2, shape[1] // 2))
+    images, n = jnp.asarray(np.arange(2, dtype=np.uint8).reshape(2, 1, 1, 1) * np.ones((1, 40, 64, 1), np.uint8)), 2000
+    run = lambda key: CutMix()(batch_of(2, (40, 64, 1))._replace(images=images, targets=jnp.eye(2)), key=key).images[0, ..., 0]
+    pasted = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), n)))
+    height, width = pasted.any(2).sum(1) / 40, pasted.any(1).sum(1) / 64
+    assert np.abs(height - width).max() <= 2 / 40
+    assert abs(pasted.mean() - 0.5) < 5 * (1 / 12 / n) ** 0.5 + 1 / 40
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])

@@ -306,9 +306,13 @@ def test_without_statistics_joint_is_example_by_example(algorithm):
 def test_the_guard_looks_at_the_batch():
     "Its energy never rises, on weights that make a full step overshoot; single examples may."
     loud = eqx.tree_at(lambda n: n.layers[3].parts[1].weight, NET, 40 * NET.layers[3].parts[1].weight)
+    run = lambda algorithm: eqx.filter_jit(infer_batch)(loud, ForwardEnergy(LOSS, output_precision=30.0), algorithm, IMAGES, TARGETS)
     for algorithm in (GaussNewton(3, 2), LBFGS(3)):
-        found = eqx.filter_jit(infer_batch)(loud, ForwardEnergy(LOSS, output_precision=30.0), algorithm, IMAGES, TARGETS)
+        found = run(algorithm)
+        assert (found.energy.sum(1) > found.initial_energy.sum(1)).any()
         assert found.energy.sum() <= found.initial_energy.sum() * (1 + 1e-5) and np.isfinite(found.energy).all()
+    unguarded = run(GaussNewton(3, 2, rounding=1e6))  # every step is within such rounding
+    assert unguarded.energy.sum() > 10 * unguarded.initial_energy.sum()
 
 
 def test_joint_training_goes_on_and_diagnoses(tmp_path):

@@ -259,6 +259,8 @@ def test_train_writes_a_run_that_evaluate_agrees_with(run, printed):
     assert first == f"{run}: 360 test examples of digits"
     s, last = summary(run), read_metrics(run / "metrics.jsonl")[-1]
     assert second == f"top-1 {100 * s['test_top1']:.2f} %, top-5 {100 * s['test_top5']:.2f} %, squared-error loss {last['test_loss']:.4f}"
+    for key in ("test_top1", "test_top5", "train_top1", "relative_residual", "energy_ratio", "sensitivity", "passes"): assert s[key] == last[key]
+    assert s["cosine_to_backprop"]["layers"] == pytest.approx(last["cosine"], abs=1e-6) and s["cosine_to_backprop"]["mean"] == pytest.approx(sum(last["cosine"]) / 2, abs=1e-6)
 
 
 def test_table_shows_the_summary(tmp_path, printed):
@@ -373,6 +375,20 @@ def test_backpropagation_has_cosine_1_and_no_twin(tmp_path, printed):
     assert summary(tmp_path / "run")["cosine_to_backprop"]["layers"] == pytest.approx([1, 1], abs=1e-5)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == WHAT
     assert [line for line in table.splitlines() if line.startswith("cosine")][0].split()[-1] == "1.0000"
+
+
+def test_the_rate_of_an_incremental_run_ends_with_it(tmp_path, monkeypatch):
+    "Four batches of 64, two epochs, three steps each."
+    asked, build = [], AdamSetting.build
+    monkeypatch.setattr(AdamSetting, "build", lambda self, steps: asked.append(steps) or build(self, steps))
+    main([str(a) for a in (*TINY, "--out", tmp_path / "run", "--rule", "ipc", "inference:gradient-descent", "--inference.steps", 3)])
+    assert set(asked) == {2 * 4 * 3}
+
+
+@pytest.mark.parametrize("options, said", [(("--seed", 2**63), "seed is 9223372036854775808; expected a 64-bit number"), (("--record-every", -1), "record_every is -1"),
+                                           (("--train-examples", 0), "train_examples is 0; expected at least 1"), (("--validation", -1), "validation is -1; expected at least 0")])
+def test_numbers_out_of_range(options, said, refuse, tmp_path):
+    assert said in refuse(*TINY, "--out", tmp_path / "run", *options)
 
 
 def test_incremental_rule_with_chosen_inference(tmp_path, printed, monkeypatch):

@@ -172,6 +172,13 @@ def test_moments_equal_the_sums_in_double_precision(images):
         np.testing.assert_allclose(std, pixels.std(0), rtol=1e-5, atol=1e-6)
 
 
+def test_moments_of_more_images_than_are_looked_at_at_once():
+    "In slices of 10,000: each has its own value, and the last is shorter."
+    images = np.repeat(np.array([10, 100, 200], np.uint8), [10000, 10000, 5000]).reshape(-1, 1, 1, 1)
+    mean, std = Dataset("toy", images, np.zeros(25000, int), images[:1], np.zeros(1, int), ("a",)).moments()
+    np.testing.assert_allclose([mean[0], std[0]], [images.mean() / 255, images.std() / 255], rtol=1e-5)
+
+
 def numbered(n):
     "A set whose example i has the pixel i and the label i, so that each can be recognised."
     images = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)

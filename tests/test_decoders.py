@@ -3,12 +3,13 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pcnb.data import load
-from pcnb.decoders import with_decoders
-from pcnb.models import cnn, mlp
+from pcnb.decoders import Decoder, with_decoders
+from pcnb.models import cnn, identity, mlp
 from pcnb.recipes import RECIPES, GradientDescentSetting, MLPSetting, build_rule
 from pcnb.training import fit
 
@@ -23,9 +24,15 @@ def test_shapes_and_forward_part(build, getkey):
     np.testing.assert_array_equal(net(x), plain(x))
     s = eqx.filter_jit(net.feedforward)(x).x
     for g, before, after in zip(net.decoders, s, s[1:]):
-        # each entry of the reconstruction depends on the state, through the weights
-        got, slope = jax.jit(lambda v: (g(v), jax.grad(lambda v: (g(v) ** 2).sum())(v)))(after)
-        assert got.shape == before.shape and np.abs(slope).max() > 0
+        # each entry of the reconstruction depends on the state
+        got, slope = jax.jit(lambda v: (g(v), jax.jacobian(g)(v)))(after)
+        assert got.shape == before.shape and (slope.reshape(got.size, -1) != 0).any(1).all()
+    assert net.decoders[-1].layer.activation is identity and all(g.layer.activation is not identity for g in net.decoders[:-1])
+
+
+def test_images_are_enlarged_by_their_nearest_pixels(getkey):
+    g, x = Decoder((3, 3, 2), (6, 6, 4), key=getkey()), jax.random.normal(getkey(), (3, 3, 2))
+    np.testing.assert_allclose(g(x), g.layer(jnp.asarray(np.repeat(np.repeat(x, 2, 0), 2, 1))), rtol=1e-5)
 
 
 def test_resumed_run(tmp_path):

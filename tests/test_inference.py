@@ -528,6 +528,16 @@ def test_no_steps_and_more_steps(make, small):
     assert more[1].energy.sum() <= more[0].energy.sum() * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("algorithm, passes", [
+    (GaussNewton(2, 2), 12), (GaussNewton(1, 1), 4), (GaussNewton(1, 2, exact=True), 7), (GaussNewton(2, 1, tolerance=1e-9), 14), (Sweep(2, 0.1), 6), (ErrorDescent(3), 6), (LBFGS(3), 8),
+    (GradientDescent(6), 11), (GradientDescent(6, wavefront=False), 12), (GradientDescent(6, tolerance=1e-9), 15)], ids=str)
+def test_passes_are_counted(algorithm, passes, small):
+    """By hand, on three layers, where no step is shortened. Gauss-Newton: one to linearise, two for each iteration, one to try the step, and two for each test of a residual, at the start and after each step.
+    Descent on states: two a step, one in the first, when the error is in the last of three layers only, and four for its tests. LBFGS: the gradient at the start and the first length, then two a step and one for the last."""
+    net, _, x, y = small
+    np.testing.assert_allclose(run_batch(net, ForwardEnergy(output_precision=0.01), algorithm, x, y).passes, np.full(3, passes))
+
+
 def test_wave_saves_passes_and_nothing_else(small):
     net, energy, x, y = small
     with_wave, without = (run_batch(net, energy, GradientDescent(6, optax.sgd(0.05, 0.9), wavefront=w), x, y) for w in (True, False))

@@ -14,7 +14,7 @@ from pcnb.energy import BidirectionalEnergy, CrossEntropy, ForwardEnergy, Learne
 from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, Sweep
 from pcnb.learning import Backprop, IncrementalPC, PredictiveCoding, layer_cosines
 from pcnb.models import cnn, mlp
-from pcnb.network import PCNetwork, Skip, States
+from pcnb.network import InputError, PCNetwork, Skip, States
 
 LOSSES = [SquaredError(), CrossEntropy()]
 kind = lambda v: type(v).__name__
@@ -209,6 +209,23 @@ def test_incremental_steps_against_numpy(momentum, x64):
     np.testing.assert_allclose(got.layers[0].W, W1, rtol=1e-10)
     np.testing.assert_allclose(got.layers[1].W, W2, rtol=1e-10)
     np.testing.assert_allclose(report.energy, energy, rtol=1e-10)
+
+
+def test_incremental_gradient_is_that_of_its_own_inference(x64):
+    "Three steps on the states with the weights held, then the slopes in the weights."
+    rng = np.random.default_rng(3)
+    W1, W2, X, Y = rng.normal(size=(4, 3)), rng.normal(size=(2, 4)), rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+    p, p_out = 1.5, 0.7
+    got = IncrementalPC(ForwardEnergy(precision=p, output_precision=p_out), GradientDescent(3, optax.sgd(0.1))).gradient(chain([W1, W2]), jnp.asarray(X), jnp.asarray(Y))[0]
+    H = X @ W1.T
+    for _ in range(3): H = H - 0.1 * (p * (H - X @ W1.T) + p_out * (H @ W2.T - Y) @ W2)
+    np.testing.assert_allclose(got.layers[0].W, -p * (H - X @ W1.T).T @ X / 5, rtol=1e-10)
+    np.testing.assert_allclose(got.layers[1].W, p_out * (H @ W2.T - Y).T @ H / 5, rtol=1e-10)
+
+
+def test_incremental_settings_that_cannot_be():
+    with pytest.raises(InputError, match="steps is 0; incremental predictive coding needs at least 1"): IncrementalPC(inference=GradientDescent(0))
+    with pytest.raises(InputError, match="takes no schedule"): IncrementalPC(inference=GradientDescent(2, schedule=lambda net, energy, t: energy))
 
 
 @pytest.mark.parametrize("steps", [1, 5])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
 from pcnb.inference import GaussNewton
 from pcnb.learning import Backprop, PredictiveCoding
-from pcnb.models import (AvgPool, BatchNormConv, Chain, Conv, Dense, GlobalAverage, GroupNorm, MaxPool, PoolAndPad, StandardisedConv, airnet, avg_pool, layer_norm, layer_table,
-                         max_pool, pool_and_pad, resnet, resnet9, resnet18, vgg, vgg5, vgg7, vgg9, vgg10, wideresnet)
+from pcnb.models import (AvgPool, BatchNormConv, Chain, Conv, Dense, GlobalAverage, GroupNorm, MaxPool, PoolAndPad, StandardisedConv, airnet, avg_pool, cnn, layer_norm, layer_table,
+                         max_pool, mlp, pool_and_pad, resnet, resnet9, resnet18, vgg, vgg5, vgg7, vgg9, vgg10, wideresnet)
 from pcnb.network import InputError, PCNetwork, parameter_count
 from pcnb.skip import learned_projection
 
@@ -108,6 +108,22 @@ def test_wideresnet_by_formula(depth, widen):
     net, n = sketch(wideresnet, (32, 32, 3), 100, 16 * widen, depth)
     assert net.depth == len(channels) + 1 and len(net.skips) == 3 * blocks
     assert n == convolutions([3, *channels]) + 64 * widen * 100 + 100
+
+
+@pytest.mark.parametrize("build", [lambda **how: mlp((5,), 3, 6, 4, key=KEY, **how), lambda **how: cnn((8, 8, 1), 3, (2, 3), key=KEY, **how), lambda **how: vgg((8, 8, 3), 5, ((8,),), key=KEY, **how),
+                                   lambda **how: resnet((8, 8, 3), 5, 8, (8,), (1,), key=KEY, **how), lambda **how: resnet9((8, 8, 3), 5, 8, key=KEY, **how), lambda **how: airnet((8, 8, 3), 5, (8, 16), 8, key=KEY, **how)],
+                         ids=["mlp", "cnn", "vgg", "resnet", "resnet9", "airnet"])
+def test_output_gain_is_of_the_output_layer(build):
+    usual, louder = (build(**how).layers for how in ({}, {"output_gain": 1.0}))
+    assert eqx.tree_equal(usual[:-1], louder[:-1])
+    for a, b in zip(jax.tree.leaves(eqx.filter(usual[-1], eqx.is_array)), jax.tree.leaves(eqx.filter(louder[-1], eqx.is_array)), strict=True): np.testing.assert_allclose((10 if a.ndim == 2 else 1) * a, b, rtol=1e-5)
+
+
+def test_sizes_that_cannot_be():
+    with pytest.raises(InputError, match="patch is -1"): airnet((8, 8, 3), 5, (8,), -1, key=KEY)
+    with pytest.raises(InputError): cnn((8, 8, 1), 3, (0,), key=KEY)
+    with pytest.raises(InputError): max_pool(jnp.zeros((4, 4, 1)), 0)
+    with pytest.raises(InputError): avg_pool(jnp.zeros((4, 4, 1)), 5)
 
 
 TINY = {

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import pcnb.recipes
@@ -14,10 +15,13 @@ from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cuto
 from pcnb.cli import main
 from pcnb.data import Dataset
 from pcnb.energy import Anchor
-from pcnb.models import mlp
-from pcnb.network import InputError
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, from_json, report_figure, to_json, train
-from pcnb.training import Mirrored, load_checkpoint
+from pcnb.inference import LBFGS, GaussNewton, Sweep
+from pcnb.learning import Backprop
+from pcnb.models import AvgPool, BatchNormConv, Dense, MaxPool, mlp
+from pcnb.network import InputError, PCNetwork, statistics
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, SweepSetting, from_json, report_figure, to_json, train
+from pcnb.skip import Scaled
+from pcnb.training import Mirrored, average_weights, averaged, load_checkpoint
 
 SINCE = ("mnist-best", "mnist-validation")  # made with the options of today
 RESULTS = [p for p in sorted((Path(__file__).parent.parent / "results").glob("mnist-*/*/config.json")) if p.parts[-3] not in SINCE]
@@ -155,6 +159,43 @@ def test_a_layers_gradient_is_shortened_to_its_limit(setting):
     np.testing.assert_allclose(first["weight"], np.full((2, 3), -0.1 * limit / 6 ** 0.5), rtol=1e-5)
     np.testing.assert_allclose(first["bias"], np.full(3, -0.1 * (3 ** -0.5 if setting.lalr else 1)), rtol=1e-5)
     with pytest.raises(InputError, match="clip is -1"): replace(setting, clip=-1.0).build(10)
+
+
+def test_a_layer_of_two_arrays_is_shortened_as_one():
+    "Weights of norm 6 and a bias of norm 8 are a gradient of norm 10."
+    optimiser = SGDSetting(1.0, 0.0, warmup=0.0, clip=1.5).build(10**6)
+    params = [{"weight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}]
+    got = optimiser.update([{"weight": jnp.full((2, 2), 3.0), "bias": jnp.array([8.0, 0.0])}], optimiser.init(params), params)[0][0]
+    np.testing.assert_allclose(got["weight"], np.full((2, 2), -0.45), rtol=1e-5)
+    np.testing.assert_allclose(got["bias"], [-1.2, 0], rtol=1e-5)
+
+
+def test_settings_build_what_they_say():
+    assert LBFGSSetting(5, 3).build() == LBFGS(5, 3) and SweepSetting(2, 0.4).build() == Sweep(2, 0.4) and GaussNewtonSetting(3, 4).build() == GaussNewton(3, 4)
+    for setting in (GradientDescentSetting(2, 0.2, 0.5), ErrorDescentSetting(2, 0.2, 0.5)):
+        algorithm = setting.build()
+        state = algorithm.stepper.init(jnp.zeros(()))
+        first, state = algorithm.stepper.update(jnp.ones(()), state)
+        assert algorithm.steps == 2 and first == pytest.approx(-0.2) and algorithm.stepper.update(jnp.ones(()), state)[0] == pytest.approx(-0.3)
+    build = lambda **choices: MLPSetting(8, 4, **choices).build((3,), 5, jax.random.key(0))
+    deep = build(skips=True, mupc=True)
+    assert all(isinstance(f, Scaled) for f in deep.layers) and [(s.src, s.dst) for s in deep.skips] == [(1, 2), (2, 3)]
+    plain, loud = build(), build(gain=2.0)
+    for l in range(4): np.testing.assert_allclose(loud.layers[l].weight, plain.layers[l].weight * (2 if l < 3 else 1), rtol=1e-6)
+    assert not plain.skips and build(activation="relu").layers[1].activation is jax.nn.relu
+    pools = lambda setting: {type(p) for p in jax.tree.leaves(setting.build((32, 32, 3), 5, jax.random.key(0)), is_leaf=lambda p: isinstance(p, (AvgPool, MaxPool))) if isinstance(p, (AvgPool, MaxPool))}
+    for setting in (ImageNetworkSetting("vgg5", (8,)), ImageNetworkSetting("resnet9", (8,))):
+        assert pools(setting) == {MaxPool} and pools(replace(setting, pool="average")) == {AvgPool}
+
+
+def test_the_mean_of_weights_leaves_statistics_alone():
+    "They are measured, of the batches that the network saw."
+    net = PCNetwork([BatchNormConv(2, 4, key=jax.random.key(0)), Dense(4 * 16, 3, key=jax.random.key(1))], (4, 4, 2))
+    optimiser = optax.chain(optax.sgd(0.1), average_weights(0.5))
+    state, x, y = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), jax.random.normal(jax.random.key(2), (5, 4, 4, 2)), jax.nn.one_hot(jnp.arange(5) % 3, 3)
+    for k in range(2): net, state, _ = eqx.filter_jit(Backprop().update)(net, optimiser, state, (k + 1) * x, y)
+    mean = averaged(net, state)
+    assert eqx.tree_equal(statistics(mean), statistics(net)) and not eqx.tree_equal(mean.layers[0].conv.weight, net.layers[0].conv.weight)
 
 
 def test_each_seed_has_its_own_alternating_flips():

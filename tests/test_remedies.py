@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from pcnb.energy import ForwardEnergy
-from pcnb.inference import GaussNewton
+from pcnb.inference import GaussNewton, Sweep
 from pcnb.learning import Backprop, PredictiveCoding
 from pcnb.log_determinant import LogDeterminant, log_determinant
 from pcnb.models import mlp
@@ -47,3 +47,10 @@ def test_spike_weights_by_step(net):
         at = Spike(4.0, 0.1, 1.0)(net, energy, t)
         np.testing.assert_allclose([*at.precision, at.output_precision], own * factors, rtol=1e-6)
     with pytest.raises(InputError, match="rest is -1"): Spike(rest=-1)
+
+
+def test_centred_nudging_with_held_predictions_is_backpropagation():
+    "One sweep of step 1 with held predictions: its errors are backpropagation's times p or -p."
+    net, x, y = mlp((5,), 3, 6, 4, output_gain=1.0, key=jax.random.key(0)), jax.random.normal(jax.random.key(1), (4, 5)), jax.nn.one_hot(jnp.arange(4) % 3, 3)
+    got, want = (eqx.filter_jit(rule.gradient)(net, x, y)[0] for rule in (CentredPC(ForwardEnergy(output_precision=0.1), Sweep(), held=True), Backprop()))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True): np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)

@@ -207,3 +207,8 @@ def test_the_factor_is_no_parameter(getkey):
 def test_a_small_cnn_with_skips_is_a_network(getkey):
     net = add_skips(cnn((8, 8, 1), 3, (2, 2, 4), key=getkey()))
     assert [type(s.module).__name__ for s in net.skips] == ["Identity", "ZeroPad"]
+
+
+def test_a_projection_keeps_the_size_of_what_it_reads(getkey):
+    assert np.std(Projection((100,), (400,), key=getkey()).weight) == pytest.approx(0.1, rel=0.05)
+    assert np.std(Projection((5, 5, 100), (5, 5, 400), key=getkey()).weight) == pytest.approx(0.1, rel=0.05)
