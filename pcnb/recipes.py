@@ -639,7 +639,7 @@ def train(
     with _lock(out):
         if resume: config = _read_json(out / "config.json")
         finished = resume and (out / "summary.json").exists()
-        if finished and ((out / "weights.eqx").exists() or not (out / "checkpoint.eqx").exists()): return _read_json(out / "summary.json")
+        if finished and not (out / "checkpoint.eqx").exists(): return _read_json(out / "summary.json")
         recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
         try: run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
                        resume=resume, callback=recorder, progress=progress)
@@ -647,8 +647,8 @@ def train(
             if _nothing_to_lose(out):  # refused when it was traced
                 for p in list(out.iterdir()): p.unlink()
             raise
-        save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
-        if finished: return _read_json(out / "summary.json")  # only its weights were missing
+        if not (finished and (out / "weights.eqx").exists()): save_checkpoint(out / "weights.eqx", recipe.epochs, run.net)
+        if finished: return _read_json(out / "summary.json")  # nothing was left to do
         summary = _summary(config, recipe, run)
         if recipe.augment.flip != "none":
             summary["test_top1_flip"] = evaluate(Mirrored(Chain(scale, run.net)), data.test_images, data.test_labels, eqx.nn.Identity(), recipe.energy.build_loss()).top1
