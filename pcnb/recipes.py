@@ -132,6 +132,7 @@ class ImageNetworkSetting:
         own = ({"convolutions": self.convolutions} if self.convolutions != 2 else {}) | ({"skips": self.skip_span} if self.skip_span else {})
         norm, conv = choose("norm", self.norm, NORMS)
         net = find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **own, key=key)
+        if self.skip_span and not net.skips: raise InputError(f"skip_span is {self.skip_span}, but this {self.model} has no block of so many hidden layers; give at most {net.depth - 2}.")
         if self.skips: return net
         if not net.skips: raise InputError(f"skips is False, but this {self.model} has none; leave the option out, or choose resnet9, resnet18, wideresnet, airnet with convolutions of 3 or more, or a vgg with a skip_span.")
         return PCNetwork(net.layers, in_shape)

@@ -406,6 +406,8 @@ def test_a_vgg_has_skips_where_a_setting_asks_for_them():
     for model in ("airnet", "resnet9", "resnet18", "wideresnet"):
         with pytest.raises(InputError, match=f"skip_span is 1, but {model} has no choice"): build(model=model, width=(16,), skip_span=1)
     with pytest.raises(InputError, match="span is -1"): build(skip_span=-1)
+    assert build(skip_span=5).skips
+    with pytest.raises(InputError, match="no block of so many hidden layers; give at most 5"): build(skip_span=6)
 
 
 def test_alpha_of_itself_and_what_an_alpha_of_zero_leaves_out():
