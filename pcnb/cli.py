@@ -181,7 +181,7 @@ class Data:
 def _block(recipe):
     "All settings of a recipe, by the names of their options."
     parts = {f.name: getattr(recipe, f.name) for f in fields(recipe) if is_dataclass(getattr(recipe, f.name))}
-    plain = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value
+    plain = lambda value: (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else value
     options = lambda setting: ", ".join(f"{f.name.replace('_', '-')} {plain(getattr(setting, f.name))}" for f in fields(setting) if f.name not in parts)
     label = lambda name, part: f"{name}:" if _kind(part) == name else f"{name} {_kind(part)}:"
     return "\n".join([f"  {options(recipe)}", *(f"  {label(name, part):<24}{options(part)}" for name, part in parts.items())])

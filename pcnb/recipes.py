@@ -428,16 +428,11 @@ def build_rule(
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 20
-def _image(dataset, model, optimiser, augment, epochs, batch_size=256, output_precision=0.1, **network):
-    "A recipe for colour images, with what they share."
-    return Recipe(dataset, ImageNetworkSetting(model, arithmetic="bfloat16", **network), GaussNewtonSetting(1, 2), EnergySetting("cross-entropy", output_precision=output_precision), optimiser, augment,
-                  label_smoothing=0.1, epochs=epochs, batch_size=batch_size)
-
-def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True):
+def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True, model="airnet", output_precision=0.03):
     "A recipe of few epochs, in the spirit of airbench."
-    augment = augment or AugmentSetting("alternating", crop=crop, cutout=cutout)
-    recipe = _image(dataset, "airnet", MuonSetting(2e-2, warmup=0.1, weight_decay=0.1), augment, epochs, 128, 0.03, width=width, norm="batch", whiten=whiten)
-    return dataclasses.replace(recipe, joint=True)
+    network = ImageNetworkSetting(model, width, norm="batch", arithmetic="bfloat16", whiten=whiten)
+    return Recipe(dataset, network, GaussNewtonSetting(1, 2), EnergySetting("cross-entropy", output_precision=output_precision), MuonSetting(2e-2, warmup=0.1, weight_decay=0.1),
+                  augment or AugmentSetting("alternating", crop=crop, cutout=cutout), label_smoothing=0.1, epochs=epochs, joint=True)
 
 def _deep(dataset, epochs, width=(), cutout=8, batch_size=128, mixup=0.0):
     "The same with three convolutions and a skip in each block, for more epochs; rate and decay grow with the root of the batch."
@@ -455,9 +450,9 @@ RECIPES: dict[str, Recipe] = {
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
     "mnist-best": _fast("mnist", 8, (16, 64, 128), augment=AugmentSetting(pixels=2, degrees=8.0, scale=0.08), whiten=False),
     "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128), pool="average"), energy=EnergySetting(output_precision=1.0), epochs=4, train_examples=10_000),
-    "cifar10-equilibrium": dataclasses.replace(
-        _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), 4, 128, width=(32,), norm="batch", pool="average"),
-        inference=GaussNewtonSetting(2, 3), energy=EnergySetting("cross-entropy", output_precision=2.0, alpha=0.04), joint=True, train_examples=10_000),
+    "cifar10-equilibrium": Recipe(
+        "cifar10", ImageNetworkSetting("vgg5", (32,), norm="batch", pool="average", arithmetic="bfloat16"), GaussNewtonSetting(2, 3), EnergySetting("cross-entropy", output_precision=2.0, alpha=0.04),
+        AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), label_smoothing=0.1, epochs=4, joint=True, train_examples=10_000),
     "cifar10-cpu": _fast("cifar10", 8),
     "cifar10-deep": _deep("cifar10", 16),
     "cifar10-gpu": _deep("cifar10", 40, (128, 512, 512), 12, 512),
@@ -466,10 +461,10 @@ RECIPES: dict[str, Recipe] = {
     "cifar100-gpu": _deep("cifar100", 50, (128, 512, 512), 12, 512, 0.2),
     "tiny-imagenet-cpu": _fast("tiny_imagenet", 5, (64, 128, 256, 256), crop=4),
     "tiny-imagenet-gpu": _fast("tiny_imagenet", 40, (128, 256, 512, 512), crop=8, cutout=16),
-    "cifar10-resnet9": _image("cifar10", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=30),
-    "cifar10-vgg5": _image("cifar10", "vgg5", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=4), epochs=30),
-    "cifar100-resnet9": _image("cifar100", "resnet9", AdamSetting(2e-3, 0.2, 0.05, decay_all=False), AugmentSetting("random", crop=4, cutout=8), epochs=40),
-    "tiny-imagenet-resnet18": _image("tiny_imagenet", "resnet18", AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=8), epochs=60),
+    "cifar10-vgg5": _fast("cifar10", 8, (64,), whiten=False, model="vgg5", output_precision=0.01),
+    "cifar10-resnet9": _fast("cifar10", 8, (32,), whiten=False, model="resnet9", output_precision=0.01),
+    "cifar100-resnet9": _fast("cifar100", 10, (32,), whiten=False, model="resnet9", output_precision=0.01),
+    "tiny-imagenet-resnet18": _fast("tiny_imagenet", 40, crop=8, cutout=16, whiten=False, model="resnet18", output_precision=0.001),
 }
 
 def find_recipe(
