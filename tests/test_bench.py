@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -202,6 +203,26 @@ def test_rows_table_and_json(tiny, tmp_path, capsys):
         end = heads.index(head) + len(head)
         assert all(row[end - 1] not in " " and row[end:end + 1] in ("", " ") for row in rows)
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_by_the_clock(monkeypatch):
+    "Steps and epochs by a clock that the contestants move: ratios to backpropagation of the same framework, to this library, and epochs without what they leave out."
+    clock, left_out = [0.0], iter(range(1, 100))
+    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: clock[0])
+    def contestant(framework, case):
+        step, epoch = {("pcnb", "backprop"): (0.002, 4), ("pcnb", "gn1x1"): (0.005, 6), ("other", "backprop"): (0.004, 10), ("other", "gn1x1"): (0.016, 15)}[framework, case.name]
+        def run_step(n): clock[0] += step * n
+        def run_epoch():
+            clock[0] += epoch + (compiling := next(left_out))
+            return compiling
+        return bench_module.Contestant(framework, run_step, run_epoch, dict(flops=1e6))
+    monkeypatch.setattr(bench_module, "contestant", lambda case: contestant("pcnb", case))
+    cases = [SimpleNamespace(network="net", name=name, x=np.zeros((8, 1)), arithmetic="float32") for name in ("backprop", "gn1x1")]
+    rows = bench_module._rows(cases, dict(backprop=2, gn1x1=3), 1e9, lambda case: [contestant("other", case)], 3, 2, lambda _: None)
+    got = {(r["framework"], r["rule"]): [r["step_seconds"]["median"], r["ratio"], r["against_pcnb"], r["epoch_seconds"]["median"], r["epoch_ratio"], r["epoch_against_pcnb"]] for r in rows}
+    assert got == {("pcnb", "backprop"): pytest.approx([0.002, 1, 1, 4, 1, 1]), ("other", "backprop"): pytest.approx([0.004, 1, 2, 10, 1, 2.5]),
+                   ("pcnb", "gn1x1"): pytest.approx([0.005, 2.5, 1, 6, 1.5, 1]), ("other", "gn1x1"): pytest.approx([0.016, 4, 3.2, 15, 1.5, 2.5])}
+    for r in rows: assert (r["bound"], r["examples_per_second"], r["peak_fraction"]) == pytest.approx((1 if r["rule"] == "backprop" else 1.5, 8 / r["step_seconds"]["median"], 1e-3 / r["step_seconds"]["median"]))
 
 
 def test_opponents_join(tiny, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from pcnb.energy import BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError, Tied
-from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep, infer, wave
+from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep, _truncated_newton, infer, wave
 from pcnb.models import mlp
 from pcnb.network import InputError, PCNetwork, Skip
 
@@ -301,6 +301,23 @@ def test_exact_is_a_newton_step_where_the_hessian_is_positive(loss, x64):
         assert o.energy_at(new) < o.energy_at(z)
         z = new
     for cg_steps in (4, 12): agrees(o, GaussNewton(2, cg_steps, exact=True), o.from_errors(o.split(z)), 1e-7)
+
+
+@pytest.mark.parametrize("eigenvalues, kept", [((-1, 3, 2), 0), ((4, 3, 1), 3), ((9, 1, -0.5), None)], ids=["at once", "never", "on the way"])
+def test_newton_stops_at_negative_curvature(eigenvalues, kept, x64):
+    "In NumPy: as many conjugate-gradient iterations as have positive curvature; the gradient itself, if the first has none."
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    H, b = (Q * eigenvalues) @ Q.T, Q @ (1.0, 0.2, 0.3)
+    d, r, p, done = np.zeros(3), b, b, 0
+    for _ in range(3):
+        if p @ H @ p <= 0: break
+        a = r @ r / (p @ H @ p)
+        d, new, done = d + a * p, r - a * H @ p, done + 1
+        r, p = new, new + new @ new / (r @ r) * p
+    assert done == kept if kept is not None else 0 < done < 3
+    if kept == 3: np.testing.assert_allclose(d, np.linalg.solve(H, b), rtol=1e-9)
+    np.testing.assert_allclose(_truncated_newton(lambda v: H @ v, jnp.asarray(b), 3), d if done else b, rtol=1e-9, atol=1e-12)
 
 
 def rising():

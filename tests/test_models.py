@@ -121,9 +121,9 @@ def test_output_gain_is_of_the_output_layer(build):
 
 def test_sizes_that_cannot_be():
     with pytest.raises(InputError, match="patch is -1"): airnet((8, 8, 3), 5, (8,), -1, key=KEY)
-    with pytest.raises(InputError): cnn((8, 8, 1), 3, (0,), key=KEY)
-    with pytest.raises(InputError): max_pool(jnp.zeros((4, 4, 1)), 0)
-    with pytest.raises(InputError): avg_pool(jnp.zeros((4, 4, 1)), 5)
+    with pytest.raises(InputError, match=r"channels\[0\] is 0"): cnn((8, 8, 1), 3, (0,), key=KEY)
+    with pytest.raises(InputError, match="0x0"): max_pool(jnp.zeros((4, 4, 1)), 0)
+    with pytest.raises(InputError, match="5x5; expected at least 1x1 and at most the image, 4x4"): avg_pool(jnp.zeros((4, 4, 1)), 5)
 
 
 TINY = {
