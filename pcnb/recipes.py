@@ -399,6 +399,8 @@ class Recipe:
     """Let rule pc pay for sensitivity by the log-determinant (notebook 05c); needs alpha 0."""
     validation: int = 0
     """Score on so many examples held out of the training set instead of the test set."""
+    diagnose_examples: int = 256
+    """Training examples, the first ones, of which cosine, residual and sensitivity are taken after each epoch; of a large network fewer, since they are taken at once."""
 
 RULES = ("pc", "cpc", "ipc", "backprop")
 
@@ -428,11 +430,11 @@ def build_rule(
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 20
-def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True, model="airnet", output_precision=0.03):
+def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True, model="airnet", output_precision=0.03, diagnose_examples=256):
     "A recipe of few epochs, in the spirit of airbench."
     network = ImageNetworkSetting(model, width, norm="batch", arithmetic="bfloat16", whiten=whiten)
     return Recipe(dataset, network, GaussNewtonSetting(1, 2), EnergySetting("cross-entropy", output_precision=output_precision), MuonSetting(2e-2, warmup=0.1, weight_decay=0.1),
-                  augment or AugmentSetting("alternating", crop=crop, cutout=cutout), label_smoothing=0.1, epochs=epochs, joint=True)
+                  augment or AugmentSetting("alternating", crop=crop, cutout=cutout), label_smoothing=0.1, epochs=epochs, joint=True, diagnose_examples=diagnose_examples)
 
 def _deep(dataset, epochs, width=(), cutout=8, batch_size=128, mixup=0.0):
     "The same with three convolutions and a skip in each block, for more epochs; rate and decay grow with the root of the batch."
@@ -464,7 +466,7 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-vgg5": _fast("cifar10", 8, (64,), whiten=False, model="vgg5", output_precision=0.01),
     "cifar10-resnet9": _fast("cifar10", 8, (32,), whiten=False, model="resnet9", output_precision=0.01),
     "cifar100-resnet9": _fast("cifar100", 10, (32,), whiten=False, model="resnet9", output_precision=0.01),
-    "tiny-imagenet-resnet18": _fast("tiny_imagenet", 40, crop=8, cutout=16, whiten=False, model="resnet18", output_precision=0.001),
+    "tiny-imagenet-resnet18": _fast("tiny_imagenet", 40, crop=8, cutout=16, whiten=False, model="resnet18", output_precision=0.001, diagnose_examples=64),
 }
 
 def find_recipe(
@@ -621,6 +623,7 @@ def train(
         raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
     if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
     if not 0 <= recipe.label_smoothing < 1: raise InputError(f"label_smoothing is {recipe.label_smoothing}; expected a number from 0 up to, but not including, 1.")
+    if recipe.diagnose_examples < 1: raise InputError(f"diagnose_examples is {recipe.diagnose_examples}; expected at least 1.")
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
     batches = len(data.train_images) // recipe.batch_size
     if not 1 <= recipe.accumulate <= batches: raise InputError(f"accumulate is {recipe.accumulate}; expected 1 to {batches}, the number of batches in an epoch.")
@@ -638,7 +641,7 @@ def train(
         if finished and not (out / "checkpoint.eqx").exists(): return _read_json(out / "summary.json")
         recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
         try: run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
-                       resume=resume, callback=recorder, progress=progress)
+                       resume=resume, callback=recorder, diagnose_examples=recipe.diagnose_examples, progress=progress)
         except InputError:
             if _nothing_to_lose(out):  # refused when it was traced
                 for p in list(out.iterdir()): p.unlink()
@@ -691,11 +694,11 @@ def _summary(config, recipe, run):
                 energy_ratio=last["energy_ratio"], sensitivity=last["sensitivity"], passes=last["passes"], output_precision=recipe.energy.output_precision,
                 device=config["device"], commit=config["commit"])
 
-def _recorder(learning, data, scale, recipe, every, out, resume, examples=256):
+def _recorder(learning, data, scale, recipe, every, out, resume):
     "A recorder of the first training examples; it goes on where a resumed run does."
     done = checkpoint_epoch(out / "checkpoint.eqx") * (len(data.train_images) // recipe.batch_size) if resume else 0
-    x = jax.vmap(scale)(jnp.asarray(data.train_images[:examples]))
-    y = targets(jnp.asarray(data.train_labels[:examples]), data.n_classes, recipe.label_smoothing)
+    x = jax.vmap(scale)(jnp.asarray(data.train_images[:recipe.diagnose_examples]))
+    y = targets(jnp.asarray(data.train_labels[:recipe.diagnose_examples]), data.n_classes, recipe.label_smoothing)
     return Recorder(learning, x, y, every, out / "layers.jsonl", done)
 
 def _save_figures(out, metrics, twin=(), records=()):
@@ -768,7 +771,7 @@ def _runs(folders):
 
 def _shared(recipe):
     "What a run has in common with its twin: not what makes it predictive coding, and of the energy the loss."
-    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss), held=False, joint=False, log_determinant=False)
+    return dataclasses.replace(recipe, inference=GaussNewtonSetting(), energy=EnergySetting(recipe.energy.loss), held=False, joint=False, log_determinant=False, diagnose_examples=256)
 
 def _pairs(folders):
     "(key, runs, twins) of each group of runs; twins of no group come alone."

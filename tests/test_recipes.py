@@ -13,13 +13,14 @@ import pytest
 import pcnb.recipes
 from pcnb.augmentation import Affine, AlternatingFlip, Batch, Crop, CutMix, Cutout, Flip, Mixup, Shift, augment_batch
 from pcnb.cli import main
-from pcnb.data import Dataset
+from pcnb.data import Dataset, load
+from pcnb.diagnostics import diagnose, read_records
 from pcnb.energy import Anchor
 from pcnb.inference import LBFGS, GaussNewton, Sweep
 from pcnb.learning import Backprop
 from pcnb.models import AvgPool, BatchNormConv, Dense, MaxPool, mlp
 from pcnb.network import InputError, PCNetwork, statistics
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, SweepSetting, from_json, report_figure, to_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, SweepSetting, build_rule, from_json, load_run, read_run, report_figure, to_json, train
 from pcnb.skip import Scaled
 from pcnb.training import Mirrored, average_weights, averaged, load_checkpoint
 
@@ -249,6 +250,26 @@ def test_bad_options_of_image_networks(options, said, tmp_path, capsys, monkeypa
     monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures(side=32, name=name))
     with pytest.raises(SystemExit) as stop: main(["train", "cifar10-resnet9", "--out", str(tmp_path / "run"), "--batch-size", "32", "--network.width", "8", *options.split()])
     assert stop.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_diagnosis_is_of_the_first_examples(tmp_path):
+    "Those of the metrics, and those of the records, here of one and the same step."
+    recipe = replace(RECIPES["digits"], network=MLPSetting(8, 3), epochs=1, batch_size=len(load("digits").train_images))
+    sensitivities = {}
+    for n in (3, 40):
+        out = tmp_path / str(n)
+        train("digits", replace(recipe, diagnose_examples=n), out, progress=False, record_every=1)
+        net, scale, data, _ = load_run(out)
+        found = diagnose(net, build_rule(recipe, "pc"), jax.vmap(scale)(jnp.asarray(data.train_images[:n])), jnp.eye(10)[data.train_labels[:n]])
+        (line,) = read_run(out)[1]
+        np.testing.assert_allclose(line["cosine"], found.cosine, rtol=1e-4)
+        assert line["relative_residual"] == pytest.approx(float(found.relative_residual), rel=1e-3)
+        np.testing.assert_allclose(read_records(out / "layers.jsonl")[-1]["cosine"], line["cosine"], rtol=1e-4)
+        sensitivities[n] = line["sensitivity"]
+        assert sensitivities[n] == pytest.approx(float(found.sensitivity), rel=1e-4)
+    assert sensitivities[3] != pytest.approx(sensitivities[40], rel=1e-3)
+    with pytest.raises(InputError, match="diagnose_examples is 0; expected at least 1"): train("digits", replace(recipe, diagnose_examples=0), tmp_path / "0", progress=False)
+    assert not (tmp_path / "0").exists()
 
 
 def test_smoothed_targets_reach_the_rule(tmp_path, monkeypatch):
