@@ -400,7 +400,7 @@ class Recipe:
     validation: int = 0
     """Score on so many examples held out of the training set instead of the test set."""
     diagnose_examples: int = 256
-    """Training examples, the first ones, of which cosine, residual and sensitivity are taken after each epoch; of a large network fewer, since they are taken at once."""
+    """First training examples that the diagnosis after each epoch (cosine, energy ratio, residual, sensitivity) and the records of --record-every are of; a large network may need fewer, since all are held at once."""
 
 RULES = ("pc", "cpc", "ipc", "backprop")
 
