@@ -430,11 +430,11 @@ def build_rule(
     return IncrementalPC(recipe.energy.build(), recipe.inference.build())
 
 # %% ../nbs/10_recipes.ipynb 20
-def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True, model="airnet", output_precision=0.03, diagnose_examples=256):
+def _fast(dataset, epochs, width=(), crop=2, cutout=0, augment=None, whiten=True, model="airnet", output_precision=0.03, **more):
     "A recipe of few epochs, in the spirit of airbench."
     network = ImageNetworkSetting(model, width, norm="batch", arithmetic="bfloat16", whiten=whiten)
     return Recipe(dataset, network, GaussNewtonSetting(1, 2), EnergySetting("cross-entropy", output_precision=output_precision), MuonSetting(2e-2, warmup=0.1, weight_decay=0.1),
-                  augment or AugmentSetting("alternating", crop=crop, cutout=cutout), label_smoothing=0.1, epochs=epochs, joint=True, diagnose_examples=diagnose_examples)
+                  augment or AugmentSetting("alternating", crop=crop, cutout=cutout), label_smoothing=0.1, epochs=epochs, joint=True, **more)
 
 def _deep(dataset, epochs, width=(), cutout=8, batch_size=128, mixup=0.0):
     "The same with three convolutions and a skip in each block, for more epochs; rate and decay grow with the root of the batch."
