@@ -117,6 +117,8 @@ class ImageNetworkSetting:
     """Of each block of airnet; from three on, an identity skip leads past all but the first."""
     skips: bool = True
     """The network's own skips; without them, the same layers one behind the other."""
+    depth: int = 16
+    """Of wideresnet, as its paper counts it: 10, 16, 22, 28 or another 6 n + 4."""
     skip_span: int = 0
     """Hidden layers that each skip of a vgg leads past, branches scaled (notebook 03); 0: no skips."""
 
@@ -125,13 +127,13 @@ class ImageNetworkSetting:
         arithmetic = choose("arithmetic", self.arithmetic, ("float32", "bfloat16"))
         width = {"width": self.width[0] if len(self.width) == 1 else self.width} if self.width else {}
         first = {"patch": 0} if self.whiten and self.model == "airnet" else {}
-        pool = {"pool": choose("pool", self.pool, POOLS)} if self.pool != "max" else {}
-        if pool and not self.model.startswith("vgg") and self.model != "resnet9": raise InputError(f"pool is {self.pool!r}, but {self.model} has no choice of its pooling; leave the option out, or choose vgg5 to vgg10 or resnet9.")
-        if self.convolutions != 2 and self.model != "airnet": raise InputError(f"convolutions is {self.convolutions}, but {self.model} has no choice of them; leave the option out, or choose airnet.")
-        if self.skip_span and not self.model.startswith("vgg"): raise InputError(f"skip_span is {self.skip_span}, but {self.model} has no choice of it; leave the option out, or choose vgg5 to vgg10.")
-        own = ({"convolutions": self.convolutions} if self.convolutions != 2 else {}) | ({"skips": self.skip_span} if self.skip_span else {})
+        vggs, own = ("vgg5", "vgg7", "vgg9", "vgg10"), {}
+        for name, usual, models in (("pool", "max", (*vggs, "resnet9")), ("convolutions", 2, ("airnet",)), ("depth", 16, ("wideresnet",)), ("skip_span", 0, vggs)):
+            if (value := getattr(self, name)) == usual: continue
+            if self.model not in models: raise InputError(f"{name} is {value!r}, but {self.model} has no choice of it; leave the option out, or choose {' or '.join(models)}.")
+            own["skips" if name == "skip_span" else name] = choose("pool", value, POOLS) if name == "pool" else value
         norm, conv = choose("norm", self.norm, NORMS)
-        net = find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **pool, **own, key=key)
+        net = find_model(self.model)(in_shape, classes, activation=activation(self.activation), norm=norm, conv=partial(conv, arithmetic=arithmetic), **width, **first, **own, key=key)
         if self.skip_span and not net.skips: raise InputError(f"skip_span is {self.skip_span}, but this {self.model} has no block of so many hidden layers; give at most {net.depth - 2}.")
         if self.skips: return net
         if not net.skips: raise InputError(f"skips is False, but this {self.model} has none; leave the option out, or choose resnet9, resnet18, wideresnet, airnet with convolutions of 3 or more, or a vgg with a skip_span.")
@@ -242,10 +244,12 @@ class EnergySetting:
 
 # %% ../nbs/10_recipes.ipynb 15
 def _schedule(setting, steps):
-    "Linear warm-up, then a cosine to one hundredth, over `steps` weight steps."
+    "Linear warm-up, then a cosine or a line to one hundredth, over `steps` weight steps."
     if not (setting.rate >= 0 and setting.weight_decay >= 0 and 0 <= setting.warmup < 1):
         raise InputError(f"rate is {setting.rate}, warmup {setting.warmup}, weight_decay {setting.weight_decay}; expected rate >= 0, 0 <= warmup < 1, weight_decay >= 0.")
-    return optax.warmup_cosine_decay_schedule(0.0, setting.rate, int(setting.warmup * steps), max(steps, 1), setting.rate / 100)
+    warmup, steps, last = int(setting.warmup * steps), max(steps, 1), setting.rate / 100
+    if choose("schedule", setting.schedule, ("cosine", "linear")) == "cosine": return optax.warmup_cosine_decay_schedule(0.0, setting.rate, warmup, steps, last)
+    return optax.join_schedules([optax.linear_schedule(0.0, setting.rate, warmup), optax.linear_schedule(setting.rate, last, steps - warmup)], [warmup])
 
 def _decayed(setting):
     "Which arrays decay: all (None), or those of two dimensions or more."
@@ -260,7 +264,7 @@ def _layered(setting, optimiser):
 # %% ../nbs/10_recipes.ipynb 16
 @dataclass(frozen=True)
 class AdamSetting:
-    "Adam with decoupled weight decay; the rate warms up linearly and then follows a cosine to one hundredth."
+    "Adam with decoupled weight decay; the rate warms up linearly and then falls to one hundredth, along a cosine or a line."
     rate: float = 1e-3
     """Peak learning rate."""
     warmup: float = 0.05
@@ -273,6 +277,8 @@ class AdamSetting:
     """Layer-adaptive learning rate: each layer's gradient is divided by its own running size first (notebook 04)."""
     clip: float = 0.0
     """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Course of the rate after the warm-up, to one hundredth of its peak."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
@@ -297,6 +303,8 @@ class SGDSetting:
     """Layer-adaptive learning rate: each layer's gradient is divided by its own running size first (notebook 04)."""
     clip: float = 0.0
     """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Course of the rate after the warm-up, to one hundredth of its peak."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
@@ -317,6 +325,8 @@ class MuonSetting:
     """Decoupled decay of arrays of two dimensions or more."""
     clip: float = 0.0
     """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Course of the rate after the warm-up, to one hundredth of its peak."""
 
     def build(self, steps: int) -> optax.GradientTransformation:
         "The optimiser for `steps` weight steps."
@@ -794,14 +804,14 @@ def report(
     folders: list[Path], # of finished runs
 ) -> str: # Markdown
     "A table of runs, seeds together, twins beside. Raises `InputError` for a folder that is not a finished run, or a seed that comes twice."
-    head = ["recipe", "changed", "rule", "inference", "seeds", "top-1 (%)", "top-5 (%)", "its twin, top-1 (%)", "cosine to backpropagation", "energy ratio", "relative residual", "s/epoch", "twin, s/epoch"]
+    head = ["recipe", "changed", "rule", "inference", "seeds", "top-1 (%)", "top-5 (%)", "its twin, top-1 (%)", "twin, top-5 (%)", "cosine to backpropagation", "energy ratio", "relative residual", "s/epoch", "twin, s/epoch"]
     rows = [head, ["---"] * len(head)]
     for (name, rule, recipe), runs, twins in _pairs(folders):
         of, twin, silent = [s for _, s, _ in runs], [s for _, s, _ in twins], rule == "backprop"
         what = " ".join([type(recipe.inference).__name__.removesuffix("Setting"), *map(str, dataclasses.astuple(recipe.inference))])
         figures = [_spread([s["cosine_to_backprop"]["mean"] for s in of], 3), *(_spread([s[k] for s in of], 3) for k in ("energy_ratio", "relative_residual"))]
         rows.append([name, _changed(name, rule, recipe), rule, "-" if silent else what, str(len(of)), *(_spread([100 * s[k] for s in of], 2) for k in ("test_top1", "test_top5")),
-                     _spread([100 * s["test_top1"] for s in twin], 2), *(["-"] * 3 if silent else figures), *(_spread([s["seconds_per_epoch"] for s in v], 1) for v in (of, twin))])
+                     *(_spread([100 * s[k] for s in twin], 2) for k in ("test_top1", "test_top5")), *(["-"] * 3 if silent else figures), *(_spread([s["seconds_per_epoch"] for s in v], 1) for v in (of, twin))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 def report_figure(

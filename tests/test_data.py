@@ -24,13 +24,18 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import PIL.Image
 import pytest
 from hypothesis import given
 
 import pcnb.data
+from pcnb.augmentation import AlternatingFlip, Compose, Crop, Cutout, Mixup
 from pcnb.data import SETS, Dataset, Records, Scale, batches, data_folder, describe, load, read_cifar, read_idx, read_jpeg, whiten
+from pcnb.learning import Backprop
+from pcnb.models import mlp
 from pcnb.network import InputError
+from pcnb.training import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]
@@ -839,6 +844,23 @@ def test_tiny_imagenet_streams_the_same_batches(photos):
     np.testing.assert_array_equal(streamed.moments(), held.moments())
     a, b = (d.take(5).validation(2).train_images[:] for d in (streamed, held))
     np.testing.assert_array_equal(a, b)
+
+
+def test_tiny_imagenet_trains_the_same_both_ways(photos):
+    "Streamed or held, through every change of an image: the same weights and the same score."
+    changes = Compose(AlternatingFlip(), Crop(4), Cutout(8, jnp.zeros(3)), Mixup(0.5))
+    runs = []
+    for stream in (False, True):
+        data = load(photos.entry, photos.root, stream=stream)
+        net = mlp(data.image_shape, data.n_classes, 4, 2, key=jax.random.key(0))
+        runs.append(fit(net, Backprop(), optax.sgd(1e-3), data, 3, 2, augment=changes, progress=False))
+    held, streamed = runs
+    start = jax.tree.leaves(net)
+    for a, b, before in zip(jax.tree.leaves(held.net), jax.tree.leaves(streamed.net), start, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        if before.size: assert np.abs(a - before).max() > 1e-4
+    assert [m["loss"] for m in held.metrics] == pytest.approx([m["loss"] for m in streamed.metrics], rel=1e-5)
+    assert [m["test_top1"] for m in held.metrics] == [m["test_top1"] for m in streamed.metrics]
 
 
 def test_records_are_indexed_as_an_array_is(photos):

@@ -252,6 +252,26 @@ def test_bad_options_of_image_networks(options, said, tmp_path, capsys, monkeypa
     assert stop.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("setting", [AdamSetting, SGDSetting, MuonSetting])
+def test_course_of_the_rate(setting):
+    "Of the first weight step's length: linear warm-up, then a line or a cosine to one hundredth."
+    steps, warm = 50, 10
+    for schedule, share in (("linear", lambda t: t), ("cosine", lambda t: (1 - np.cos(np.pi * t)) / 2)):
+        rate = pcnb.recipes._schedule(setting(0.4, warmup=warm / steps, schedule=schedule), steps)
+        after = [0.4 - (0.4 - 0.004) * share((i - warm) / (steps - warm)) for i in range(warm, steps + 1)]
+        np.testing.assert_allclose([float(rate(i)) for i in range(steps + 1)], [0.04 * i for i in range(warm)] + after, rtol=1e-5)
+    lengths = {}
+    for schedule in ("cosine", "linear"):
+        optimiser, w = setting(0.4, warmup=0.0, schedule=schedule).build(20), jnp.eye(3)
+        state = optimiser.init(w)
+        for _ in range(9): updates, state = optimiser.update(w, state, w)
+        lengths[schedule] = float(jnp.abs(updates).max())
+    t = 8 / 20  # of the ninth step
+    if setting is not MuonSetting: assert lengths["linear"] / lengths["cosine"] == pytest.approx((1 - 0.99 * t) / (1 - 0.99 * (1 - np.cos(np.pi * t)) / 2), rel=1e-4)
+    else: assert lengths["linear"] < lengths["cosine"]
+    with pytest.raises(InputError, match="schedule 'line' is unknown; did you mean 'linear'"): setting(schedule="line").build(10)
+
+
 def test_diagnosis_is_of_the_first_examples(tmp_path):
     "Those of the metrics, and those of the records, here of one and the same step."
     recipe = replace(RECIPES["digits"], network=MLPSetting(8, 3), epochs=1, batch_size=len(load("digits").train_images))
@@ -365,12 +385,12 @@ def test_report_puts_seeds_together_and_twins_beside(tmp_path, capsys):
     head, _, first, second = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in capsys.readouterr().out.splitlines()]
     row = dict(zip(head, first))
     assert row == {"recipe": "cifar10-vgg5", "changed": "-", "rule": "pc", "inference": "GaussNewton 1 2", "seeds": "3", "top-1 (%)": "92.00 ± 2.00", "top-5 (%)": "100.00 ± 0.00",
-                   "its twin, top-1 (%)": "96.00 ± 1.41", "cosine to backpropagation": "0.750 ± 0.000", "energy ratio": "0.500 ± 0.000", "relative residual": "0.250 ± 0.000",
+                   "its twin, top-1 (%)": "96.00 ± 1.41", "twin, top-5 (%)": "100.00 ± 0.00", "cosine to backpropagation": "0.750 ± 0.000", "energy ratio": "0.500 ± 0.000", "relative residual": "0.250 ± 0.000",
                    "s/epoch": "15.0 ± 0.0", "twin, s/epoch": "5.0 ± 0.0"}
-    assert dict(zip(head, second))["changed"] == "label_smoothing 0.2" and second[5:8] == ["80.00", "100.00", "-"]
+    assert dict(zip(head, second))["changed"] == "label_smoothing 0.2" and second[5:9] == ["80.00", "100.00", "-", "-"]
     assert (tmp_path / "curves.png").stat().st_size > 1000
     main(["report", str(twin)])
-    assert "| backprop | - | 1 | 97.00 | 100.00 | - | - | - | - | 5.0 | - |" in capsys.readouterr().out
+    assert "| backprop | - | 1 | 97.00 | 100.00 | - | - | - | - | - | 5.0 | - |" in capsys.readouterr().out
     lines = report_figure([*runs, twin]).axes[0].lines
     np.testing.assert_allclose([line.get_ydata() for line in lines], [[46, 92], [48, 96]], rtol=1e-6)
 
@@ -404,7 +424,7 @@ def test_recipe_builds_what_it_says():
 
 def test_a_pooling_that_a_network_does_not_have():
     for model in ("airnet", "resnet18", "wideresnet"):
-        with pytest.raises(InputError, match=f"{model} has no choice of its pooling"): ImageNetworkSetting(model, pool="average").build((32, 32, 3), 10, jax.random.key(0))
+        with pytest.raises(InputError, match=f"{model} has no choice of it"): ImageNetworkSetting(model, pool="average").build((32, 32, 3), 10, jax.random.key(0))
     for setting in (ImageNetworkSetting("vgg5", (8,), pool="middle"), ImageNetworkSetting("resnet9", pool="middle"), CNNSetting(pool="middle")):
         with pytest.raises(InputError, match="pool 'middle' is unknown"): setting.build((32, 32, 3), 10, jax.random.key(0))
 
