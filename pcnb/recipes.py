@@ -472,7 +472,7 @@ RECIPES: dict[str, Recipe] = {
     "cifar100-deep": _deep("cifar100", 16),
     "cifar100-gpu": _deep("cifar100", 50, (128, 512, 512), 12, 512, 0.2),
     "tiny-imagenet-cpu": _fast("tiny_imagenet", 5, (64, 128, 256, 256), crop=4),
-    "tiny-imagenet-gpu": _fast("tiny_imagenet", 40, (128, 256, 512, 512), crop=8, cutout=16),
+    "tiny-imagenet-gpu": _fast("tiny_imagenet", 40, (128, 256, 512, 512), crop=8, cutout=16, output_precision=0.001),
     "cifar10-vgg5": _fast("cifar10", 8, (64,), whiten=False, model="vgg5", output_precision=0.01),
     "cifar10-resnet9": _fast("cifar10", 8, (32,), whiten=False, model="resnet9", output_precision=0.01),
     "cifar100-resnet9": _fast("cifar100", 10, (32,), whiten=False, model="resnet9", output_precision=0.01),
