@@ -30,7 +30,7 @@ import pytest
 from hypothesis import given
 
 import pcnb.data
-from pcnb.augmentation import AlternatingFlip, Compose, Crop, Cutout, Mixup
+from pcnb.augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup
 from pcnb.data import SETS, Dataset, Records, Scale, batches, data_folder, describe, load, read_cifar, read_idx, read_jpeg, whiten
 from pcnb.learning import Backprop
 from pcnb.models import mlp
@@ -846,14 +846,14 @@ def test_tiny_imagenet_streams_the_same_batches(photos):
     np.testing.assert_array_equal(a, b)
 
 
-def test_tiny_imagenet_trains_the_same_both_ways(photos):
-    "Streamed or held, through every change of an image: the same weights and the same score."
-    changes = Compose(AlternatingFlip(), Crop(4), Cutout(8, jnp.zeros(3)), Mixup(0.5))
+@pytest.mark.parametrize("changes", [(AlternatingFlip(), Crop(4), Cutout(8, jnp.zeros(3)), Mixup(0.5)), (Flip(), Affine(2, 8.0, 0.08), CutMix(1.0))], ids=["mixup", "cutmix"])
+def test_tiny_imagenet_trains_the_same_both_ways(changes, photos):
+    "Streamed or held: the same weights and the same score."
     runs = []
     for stream in (False, True):
         data = load(photos.entry, photos.root, stream=stream)
         net = mlp(data.image_shape, data.n_classes, 4, 2, key=jax.random.key(0))
-        runs.append(fit(net, Backprop(), optax.sgd(1e-3), data, 3, 2, augment=changes, progress=False))
+        runs.append(fit(net, Backprop(), optax.sgd(1e-3), data, 3, 2, augment=Compose(*changes), progress=False))
     held, streamed = runs
     start = jax.tree.leaves(net)
     for a, b, before in zip(jax.tree.leaves(held.net), jax.tree.leaves(streamed.net), start, strict=True):
