@@ -411,6 +411,8 @@ class Recipe:
     """Score on so many examples held out of the training set instead of the test set."""
     diagnose_examples: int = 256
     """First training examples that the diagnosis after each epoch (cosine, energy ratio, residual, sensitivity) and the records of --record-every are of; a large network may need fewer, since all are held at once."""
+    statistics_examples: int = 0
+    """First training examples, not augmented, whose statistics batch normalisation is scored and saved with (notebook 08); 0: running ones, of batches as augmented."""
 
 RULES = ("pc", "cpc", "ipc", "backprop")
 
@@ -633,6 +635,7 @@ def train(
         raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
     if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
     if not 0 <= recipe.label_smoothing < 1: raise InputError(f"label_smoothing is {recipe.label_smoothing}; expected a number from 0 up to, but not including, 1.")
+    if recipe.statistics_examples and recipe.statistics_examples < recipe.batch_size: raise InputError(f"statistics_examples is {recipe.statistics_examples}; expected at least {recipe.batch_size}, the size of a batch, or 0.")
     if recipe.diagnose_examples < 1: raise InputError(f"diagnose_examples is {recipe.diagnose_examples}; expected at least 1.")
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
     batches = len(data.train_images) // recipe.batch_size
@@ -651,7 +654,7 @@ def train(
         if finished and not (out / "checkpoint.eqx").exists(): return _read_json(out / "summary.json")
         recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
         try: run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
-                       resume=resume, callback=recorder, diagnose_examples=recipe.diagnose_examples, progress=progress)
+                       resume=resume, callback=recorder, diagnose_examples=recipe.diagnose_examples, statistics_examples=recipe.statistics_examples, progress=progress)
         except InputError:
             if _nothing_to_lose(out):  # refused when it was traced
                 for p in list(out.iterdir()): p.unlink()
@@ -689,10 +692,11 @@ def _scale(recipe, data):
     return whiten(data) if getattr(recipe.network, "whiten", False) else Scale(*data.moments())
 
 def _network(recipe, rule, data, scale, key):
-    "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without. Raises `InputError` for joint inference without statistics of the batch."
+    "The network with fresh weights. Backpropagation has no use for decoders; the other weights are the same with and without. Raises `InputError` for joint inference, or statistics to be measured, without statistics of the batch."
     shape = eqx.filter_eval_shape(scale, data.train_images[0]).shape
     net = recipe.network.build(shape, data.n_classes, key)
     if recipe.joint and rule == "pc" and not statistics(net): raise InputError("joint inference is through the statistics of batch normalisation, which this network has not: leave joint out (--no-joint), or give an image network --network.norm batch.")
+    if recipe.statistics_examples and not statistics(net): raise InputError(f"statistics_examples is {recipe.statistics_examples}, but this network keeps no statistics of the batch: leave it at 0, or give an image network --network.norm batch.")
     return net if rule == "backprop" else recipe.energy.equip(net, jax.random.fold_in(key, 1))
 
 def _summary(config, recipe, run):

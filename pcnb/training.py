@@ -4,7 +4,8 @@
 
 # %% auto 0
 __all__ = ['Score', 'evaluate', 'Mirrored', 'Metrics', 'targets', 'loops_well', 'WeightAverage', 'average_weights', 'averaged',
-           'save_checkpoint', 'checkpoint_epoch', 'load_checkpoint', 'Run', 'Diverged', 'fit', 'read_metrics']
+           'measure_statistics', 'save_checkpoint', 'checkpoint_epoch', 'load_checkpoint', 'Run', 'Diverged', 'fit',
+           'read_metrics']
 
 # %% ../nbs/08_training.ipynb 3
 import json
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 from tqdm import tqdm
-from .network import InputError, PCNetwork, parameter_count, statistics, with_statistics
+from .network import InputError, PCNetwork, Statistics, freeze, parameter_count, statistics, with_statistics
 from .learning import AbstractRule, Backprop
 from .augmentation import Batch, augment_batch
 from .data import Dataset, Records, Scale, batches
@@ -165,6 +166,26 @@ def averaged(
     return with_statistics(eqx.combine(kept[-1], net), statistics(net)) if kept else net
 
 # %% ../nbs/08_training.ipynb 22
+@eqx.filter_jit
+def _statistics_of(net, images, scale): return statistics(freeze(net, jax.vmap(scale)(images)))
+
+
+# %% ../nbs/08_training.ipynb 23
+def measure_statistics(
+    net: PCNetwork, # is not changed
+    images: Array, # (N, height, width, channels), raw
+    scale: Callable, # one raw image -> the network's input
+    batch_size: int = 128,
+) -> PCNetwork:
+    "The network with the statistics of these images, in batches of one size, a last one that is not full left out; with those it has if it keeps none. Raises `InputError` unless there are images for a batch. Source: Wu and Johnson 2021, arXiv:2105.07576, sec. 3."
+    if not 1 <= batch_size <= len(images): raise InputError(f"batch_size is {batch_size}; expected 1 to {len(images)}, the number of images to measure statistics of.")
+    if not (kept := statistics(net)): return net
+    seen = [_statistics_of(net, jnp.asarray(images[i:i + batch_size]), scale) for i in range(0, len(images) - batch_size + 1, batch_size)]
+    means, variances = ([jnp.stack([getattr(s, name) for s in layer]) for layer in zip(*seen)] for name in ("mean", "variance"))
+    return with_statistics(net, [Statistics(m.mean(0), v.mean(0) + m.var(0), s.momentum) for m, v, s in zip(means, variances, kept)])
+
+
+# %% ../nbs/08_training.ipynb 27
 def save_checkpoint(
     path: Path,
     epoch: int, # epochs done
@@ -199,7 +220,7 @@ def load_checkpoint(
     except Exception as e:
         raise InputError(f"{path} cannot be read as a checkpoint of this network: it is damaged or of another one ({type(e).__name__}).") from None
 
-# %% ../nbs/08_training.ipynb 25
+# %% ../nbs/08_training.ipynb 30
 class Run(NamedTuple):
     "What `fit` returns."
     net: PCNetwork           # trained
@@ -209,7 +230,7 @@ class Run(NamedTuple):
 class Diverged(RuntimeError):
     "The loss stopped being finite."
 
-# %% ../nbs/08_training.ipynb 26
+# %% ../nbs/08_training.ipynb 31
 def _check_fit(net, data, scale, epochs, batch_size, smoothing):
     if not 0 <= smoothing < 1: raise InputError(f"label_smoothing is {smoothing}; expected a number from 0 up to, but not including, 1.")
     if epochs < 0: raise InputError(f"epochs is {epochs}; expected a number >= 0.")
@@ -226,7 +247,7 @@ def _loss_of(rule): return rule.loss if isinstance(rule, Backprop) else rule.ene
 
 def _floats(d): return {k: (v.tolist() if hasattr(v, "tolist") else v) for k, v in d.items()}
 
-# %% ../nbs/08_training.ipynb 27
+# %% ../nbs/08_training.ipynb 32
 def fit(
     net: PCNetwork, # is not changed
     rule: AbstractRule, # PredictiveCoding(...), IncrementalPC(...) or Backprop(...)
@@ -242,13 +263,14 @@ def fit(
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
+    statistics_examples: int = 0, # first training examples, not augmented, of which the network that is scored and returned has its statistics; 0: running ones
     callback: Callable | None = None, # callback(step, net) after every weight step (the next step takes the network's arrays: copy what is to stay), or, if it has an attribute `every`, after the first and at each multiple of that; a `Recorder`, for example
     steps_per_call: int | None = None, # weight steps that one compiled call makes; a callback ends a call; None: 32 or as many as a callback allows, but 1 with streamed images, or convolutions on a CPU
     progress: bool = True, # show a bar on stderr
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights or one that does not fit the data, a folder that holds a run, more steps a call than
+    The statistics of `statistics_examples` are taken in batches of `batch_size`; a checkpoint keeps the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights or one that does not fit the data, a folder that holds a run, more steps a call than
     a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first), or was not where the run is to go on.
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
@@ -266,7 +288,12 @@ def fit(
     images = jnp.zeros((batch_size, *data.image_shape), data.train_images.dtype) if streamed else jnp.asarray(data.train_images)
     key = jax.random.key(seed)
     fixed = _Fixed(images, jnp.asarray(data.train_labels), scale, jnp.arange(n), jnp.int32(0), key)
+    if statistics_examples and not statistics(net): raise InputError(f"statistics_examples is {statistics_examples}, but this network keeps no statistics of the batch; leave it at 0.")
+    if statistics_examples and statistics_examples < batch_size: raise InputError(f"statistics_examples is {statistics_examples}; expected at least {batch_size}, the size of a batch, or 0.")
     looked_at = jnp.asarray(data.train_images[:diagnose_examples]) if diagnose_examples else None
+    def to_score(net, state):
+        net = averaged(net, state)
+        return measure_statistics(net, data.train_images[:statistics_examples], scale, batch_size) if statistics_examples else net
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
     state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0
     if resume:
@@ -274,7 +301,7 @@ def fit(
         metrics = read_metrics(Path(folder) / "metrics.jsonl")[:done]
         if len(metrics) < done: raise InputError(f"{folder} is damaged: metrics.jsonl has {len(metrics)} epochs, checkpoint.eqx {done}; start anew.")
         if done and not np.isfinite(metrics[-1]["loss"]): raise Diverged(f"the run in {folder} had diverged after epoch {done}; start anew with a smaller learning rate.")
-    if done >= epochs: return Run(averaged(net, state) if done else net, metrics, 0.0)
+    if done >= epochs: return Run(to_score(net, state) if done else net, metrics, 0.0)
     steps = n // batch_size
     run = _make_steps(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing, streamed, steps_per_call > 1)
     run = run.lower((fixed, jnp.int32(0), jnp.int32(0)), (net, state, _no_metrics())).compile()
@@ -285,7 +312,8 @@ def fit(
         watch = None if callback is None else _Watch(callback, every, epoch * steps)
         feed = batches(data.train_images, np.asarray(fixed.order), batch_size) if streamed else None
         net, state, sums, seconds = _epoch(run, fixed, feed, net, state, steps, steps_per_call, f"epoch {epoch + 1}/{epochs}", progress, watch)
-        line = _measure(averaged(net, state), rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
+        scored = to_score(net, state)
+        line = _measure(scored, rule, data, fixed, sums, steps * batch_size, seconds) | {"epoch": epoch + 1}
         if diagnose_examples: line |= _diagnosis(net, rule, jax.vmap(scale)(looked_at), targets(fixed.labels[:diagnose_examples], data.n_classes, label_smoothing))
         metrics.append(line | {"elapsed": time.perf_counter() - start})
         if folder is not None:
@@ -296,9 +324,9 @@ def fit(
         if epoch == done and diagnose_examples and not isinstance(rule, Backprop) and net.depth > 1 and not any(line["state_change"]):
             warnings.warn(f"inference moved no state of the first {len(looked_at)} training examples, so the loss teaches only the output layer: it makes no step, or none that lowers the energy by more than its rounding. "
                           "Another energy or inference, or products in float32, may move them.", stacklevel=2)
-    return Run(averaged(net, state), metrics, compiling)
+    return Run(scored, metrics, compiling)
 
-# %% ../nbs/08_training.ipynb 28
+# %% ../nbs/08_training.ipynb 33
 def _no_metrics(): return Metrics(*(jnp.zeros(()) for _ in Metrics._fields))
 
 class _Watch(NamedTuple):
@@ -348,7 +376,7 @@ def _write_metrics(path, metrics):
     temporary.write_text("".join(json.dumps(m) + "\n" for m in metrics))
     os.replace(temporary, path)
 
-# %% ../nbs/08_training.ipynb 29
+# %% ../nbs/08_training.ipynb 34
 def read_metrics(
     path: Path, # of a metrics.jsonl
 ) -> list[dict]: # one entry an epoch

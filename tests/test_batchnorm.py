@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from pcnb.data import Dataset
+from pcnb.augmentation import Mixup
+from pcnb.data import Dataset, Scale
 from pcnb.diagnostics import diagnose
 from pcnb.energy import CrossEntropy, ForwardEnergy
 from pcnb.inference import LBFGS, ErrorDescent, GaussNewton, GradientDescent, Sweep, infer, infer_batch
@@ -16,7 +17,7 @@ from pcnb.log_determinant import LogDeterminant
 from pcnb.models import BatchNorm, BatchNormConv, Chain, Conv, Dense, GlobalAverage, MaxPool, StandardisedConv, mlp, resnet, vgg
 from pcnb.network import BATCH, InputError, PCNetwork, Skip, Statistics, freeze, live, parameter_count, statistics, with_statistics
 from pcnb.nudging import CentredPC
-from pcnb.training import evaluate, fit
+from pcnb.training import average_weights, evaluate, fit
 
 IMAGES = 2 + 3 * jax.random.normal(jax.random.key(1), (6, 4, 4, 2))
 TARGETS = jax.nn.one_hot(jnp.arange(6) % 3, 3)
@@ -215,6 +216,24 @@ def test_resumed_run_is_the_straight_one(data, tmp_path):
     resumed = train(2, folder=tmp_path, resume=True)
     for a, b in zip(leaves(straight.net), leaves(resumed.net), strict=True): np.testing.assert_array_equal(a, b)
     assert statistics(straight.net)[0].mean.any() and [m["test_loss"] for m in straight.metrics] == [m["test_loss"] for m in resumed.metrics]
+
+
+def test_measured_statistics_are_scored_and_returned_and_do_not_train(data, tmp_path):
+    "Those of the first plain images, for the mean weights; the checkpoint goes on from the running ones."
+    scale = Scale(*data.moments())
+    train = lambda epochs, **kw: fit(NET, Backprop(LOSS), optax.chain(optax.adamw(1e-2), average_weights(0.9)), data, epochs, 4, augment=Mixup(1.0), scale=scale, diagnose_examples=0, progress=False, **kw)
+    running, measured = train(2), train(2, statistics_examples=9)
+    weights = lambda net: leaves(with_statistics(net, [None] * len(statistics(net))))
+    for a, b in zip(weights(running.net), weights(measured.net), strict=True): np.testing.assert_array_equal(a, b)
+    z = np.asarray(jax.vmap(lambda image: measured.net.layers[0].conv(scale(image)))(data.train_images[:8]), np.float64)  # two batches of 4, the ninth left out
+    np.testing.assert_allclose(statistics(measured.net)[0].mean, z.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics(measured.net)[0].variance, z.var((0, 1, 2)), rtol=1e-4)
+    loss = np.mean([LOSS(measured.net(scale(x)), jax.nn.one_hot(y, 3)) for x, y in zip(data.test_images, data.test_labels)])
+    assert measured.metrics[-1]["test_loss"] == pytest.approx(loss, rel=1e-4) and running.metrics[-1]["test_loss"] != pytest.approx(loss, rel=1e-4)
+    train(1, statistics_examples=9, folder=tmp_path)
+    for _ in range(2):  # goes on, and then has nothing left to do
+        resumed = train(2, statistics_examples=9, folder=tmp_path, resume=True)
+        for a, b in zip(leaves(resumed.net), leaves(measured.net), strict=True): np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("build", [lambda: vgg((8, 8, 3), 5, ((8,), (8, 16)), conv=BatchNormConv, key=jax.random.key(0)),

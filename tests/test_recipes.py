@@ -20,7 +20,7 @@ from pcnb.inference import LBFGS, GaussNewton, Sweep
 from pcnb.learning import Backprop
 from pcnb.models import AvgPool, BatchNormConv, Dense, MaxPool, mlp
 from pcnb.network import InputError, PCNetwork, statistics
-from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, SweepSetting, build_rule, from_json, load_run, read_run, report_figure, to_json, train
+from pcnb.recipes import RECIPES, AdamSetting, AugmentSetting, CNNSetting, EnergySetting, ErrorDescentSetting, GaussNewtonSetting, GradientDescentSetting, ImageNetworkSetting, LBFGSSetting, MLPSetting, MuonSetting, Recipe, SGDSetting, SweepSetting, build_rule, evaluate_run, from_json, load_run, read_run, report_figure, to_json, train
 from pcnb.skip import Scaled
 from pcnb.training import Mirrored, average_weights, averaged, load_checkpoint
 
@@ -290,6 +290,22 @@ def test_diagnosis_is_of_the_first_examples(tmp_path):
     assert sensitivities[3] != pytest.approx(sensitivities[40], rel=1e-3)
     with pytest.raises(InputError, match="diagnose_examples is 0; expected at least 1"): train("digits", replace(recipe, diagnose_examples=0), tmp_path / "0", progress=False)
     assert not (tmp_path / "0").exists()
+
+
+def test_statistics_are_of_plain_images(tmp_path, monkeypatch):
+    "What is saved and scored once more has the mean and variance, in its first layer, of the first training images as they are."
+    data = pictures(side=16)
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: data)
+    recipe = replace(RECIPES["cifar10-cpu"], network=ImageNetworkSetting("vgg5", (4,), norm="batch"), augment=AugmentSetting(mixup=1.0), epochs=1, batch_size=8, statistics_examples=16)
+    summary = train("cifar10-cpu", recipe, tmp_path / "run", progress=False)
+    net, scale, *_ = load_run(tmp_path / "run")
+    z = np.asarray(jax.vmap(lambda image: net.layers[0].conv(scale(image)))(data.train_images[:16]), np.float64)
+    np.testing.assert_allclose(statistics(net)[0].mean, z.mean((0, 1, 2)), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(statistics(net)[0].variance, z.var((0, 1, 2)), rtol=1e-3)
+    assert evaluate_run(tmp_path / "run").loss == pytest.approx(read_run(tmp_path / "run")[1][-1]["test_loss"], rel=1e-5) and evaluate_run(tmp_path / "run").top1 == summary["test_top1"]
+    for change, said in (({"statistics_examples": 7}, "statistics_examples is 7; expected at least 8"), ({"network": MLPSetting(4, 1), "joint": False}, "statistics_examples is 16, but this network keeps no statistics")):
+        with pytest.raises(InputError, match=said): train("cifar10-cpu", replace(recipe, **change), tmp_path / "other", progress=False)
+        assert not (tmp_path / "other").exists()
 
 
 def test_smoothed_targets_reach_the_rule(tmp_path, monkeypatch):
