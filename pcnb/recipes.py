@@ -412,7 +412,7 @@ class Recipe:
     diagnose_examples: int = 256
     """First training examples that the diagnosis after each epoch (cosine, energy ratio, residual, sensitivity) and the records of --record-every are of; a large network may need fewer, since all are held at once."""
     statistics_examples: int = 0
-    """First training examples, not augmented, whose statistics batch normalisation is scored and saved with (notebook 08); 0: running ones, of batches as augmented."""
+    """First training examples, not augmented, in whole batches, whose statistics batch normalisation is scored and saved with (notebook 08); 0: running ones, of batches as augmented."""
 
 RULES = ("pc", "cpc", "ipc", "backprop")
 

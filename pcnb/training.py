@@ -173,11 +173,11 @@ def _statistics_of(net, images, scale): return statistics(freeze(net, jax.vmap(s
 # %% ../nbs/08_training.ipynb 23
 def measure_statistics(
     net: PCNetwork, # is not changed
-    images: Array, # (N, height, width, channels), raw
+    images: Array | Records, # (N, height, width, channels), raw
     scale: Callable, # one raw image -> the network's input
     batch_size: int = 128,
 ) -> PCNetwork:
-    "The network with the statistics of these images, in batches of one size, a last one that is not full left out; with those it has if it keeps none. Raises `InputError` unless there are images for a batch. Source: Wu and Johnson 2021, arXiv:2105.07576, sec. 3."
+    "The network with the statistics of these images, in batches of one size, a last one that is not full left out; as it is if it keeps none. Raises `InputError` unless there are images for a batch, and where `freeze` does. Source: Wu and Johnson 2021, arXiv:2105.07576, sec. 3."
     if not 1 <= batch_size <= len(images): raise InputError(f"batch_size is {batch_size}; expected 1 to {len(images)}, the number of images to measure statistics of.")
     if not (kept := statistics(net)): return net
     seen = [_statistics_of(net, jnp.asarray(images[i:i + batch_size]), scale) for i in range(0, len(images) - batch_size + 1, batch_size)]
@@ -231,7 +231,7 @@ class Diverged(RuntimeError):
     "The loss stopped being finite."
 
 # %% ../nbs/08_training.ipynb 31
-def _check_fit(net, data, scale, epochs, batch_size, smoothing):
+def _check_fit(net, data, scale, epochs, batch_size, smoothing, measured):
     if not 0 <= smoothing < 1: raise InputError(f"label_smoothing is {smoothing}; expected a number from 0 up to, but not including, 1.")
     if epochs < 0: raise InputError(f"epochs is {epochs}; expected a number >= 0.")
     n = len(data.train_images)
@@ -241,6 +241,8 @@ def _check_fit(net, data, scale, epochs, batch_size, smoothing):
         scaled = "" if shape == data.image_shape else f", of shape {shape} when scaled"
         raise InputError(f"the network takes inputs of shape {net.shapes[0]}; {data.name} has images of shape {data.image_shape}{scaled}.")
     if not parameter_count(net): raise InputError("the network has no weights to train; a layer that holds weights must be an Equinox module, since those in a closure are constants.")
+    if measured and not statistics(net): raise InputError(f"statistics_examples is {measured}, but this network keeps no statistics of the batch; leave it at 0.")
+    if measured and measured < batch_size: raise InputError(f"statistics_examples is {measured}; expected at least {batch_size}, the size of a batch, or 0.")
     if net.shapes[-1] != (data.n_classes,): raise InputError(f"the network's output has shape {net.shapes[-1]}; {data.name} has {data.n_classes} classes.")
 
 def _loss_of(rule): return rule.loss if isinstance(rule, Backprop) else rule.energy.loss
@@ -263,18 +265,18 @@ def fit(
     folder: Path | None = None, # where to write metrics.jsonl and checkpoint.eqx after each epoch
     resume: bool = False, # go on from the checkpoint in `folder`
     diagnose_examples: int = 256, # first training examples that diagnostics look at after each epoch; 0: none
-    statistics_examples: int = 0, # first training examples, not augmented, of which the network that is scored and returned has its statistics; 0: running ones
+    statistics_examples: int = 0, # first training examples, not augmented, whose statistics the scored and returned network has; 0: running ones
     callback: Callable | None = None, # callback(step, net) after every weight step (the next step takes the network's arrays: copy what is to stay), or, if it has an attribute `every`, after the first and at each multiple of that; a `Recorder`, for example
     steps_per_call: int | None = None, # weight steps that one compiled call makes; a callback ends a call; None: 32 or as many as a callback allows, but 1 with streamed images, or convolutions on a CPU
     progress: bool = True, # show a bar on stderr
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    The statistics of `statistics_examples` are taken in batches of `batch_size`; a checkpoint keeps the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights or one that does not fit the data, a folder that holds a run, more steps a call than
+    The statistics of `statistics_examples`, or of all examples if there are fewer, are taken in whole batches; checkpoint, diagnostics and callback have the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights, or without statistics that are to be measured, or one that does not fit the data, fewer examples to measure than a batch has, a folder that holds a run, more steps a call than
     a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first), or was not where the run is to go on.
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
-    _check_fit(net, data, scale, epochs, batch_size, label_smoothing)
+    _check_fit(net, data, scale, epochs, batch_size, label_smoothing, statistics_examples)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None and not resume and (Path(folder) / "checkpoint.eqx").exists(): raise InputError(f"{folder} holds a run; use resume=True to go on with it, or another folder.")
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
@@ -288,12 +290,11 @@ def fit(
     images = jnp.zeros((batch_size, *data.image_shape), data.train_images.dtype) if streamed else jnp.asarray(data.train_images)
     key = jax.random.key(seed)
     fixed = _Fixed(images, jnp.asarray(data.train_labels), scale, jnp.arange(n), jnp.int32(0), key)
-    if statistics_examples and not statistics(net): raise InputError(f"statistics_examples is {statistics_examples}, but this network keeps no statistics of the batch; leave it at 0.")
-    if statistics_examples and statistics_examples < batch_size: raise InputError(f"statistics_examples is {statistics_examples}; expected at least {batch_size}, the size of a batch, or 0.")
     looked_at = jnp.asarray(data.train_images[:diagnose_examples]) if diagnose_examples else None
+    to_measure = data.train_images.select(slice(statistics_examples)) if streamed else data.train_images[:statistics_examples]
     def to_score(net, state):
         net = averaged(net, state)
-        return measure_statistics(net, data.train_images[:statistics_examples], scale, batch_size) if statistics_examples else net
+        return measure_statistics(net, to_measure, scale, batch_size) if statistics_examples else net
     net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
     state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0
     if resume:

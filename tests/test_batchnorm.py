@@ -1,4 +1,6 @@
 """Batch normalisation: NumPy's forward pass, inference that sees one example, learning that knows the statistics move, running statistics in closed form."""
+import shutil
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -231,9 +233,19 @@ def test_measured_statistics_are_scored_and_returned_and_do_not_train(data, tmp_
     loss = np.mean([LOSS(measured.net(scale(x)), jax.nn.one_hot(y, 3)) for x, y in zip(data.test_images, data.test_labels)])
     assert measured.metrics[-1]["test_loss"] == pytest.approx(loss, rel=1e-4) and running.metrics[-1]["test_loss"] != pytest.approx(loss, rel=1e-4)
     train(1, statistics_examples=9, folder=tmp_path)
+    plain = train(2, folder=shutil.copytree(tmp_path, tmp_path / "plain"), resume=True)
+    for a, b in zip(leaves(plain.net), leaves(running.net), strict=True): np.testing.assert_array_equal(a, b)
     for _ in range(2):  # goes on, and then has nothing left to do
         resumed = train(2, statistics_examples=9, folder=tmp_path, resume=True)
         for a, b in zip(leaves(resumed.net), leaves(measured.net), strict=True): np.testing.assert_array_equal(a, b)
+
+
+def test_fewer_examples_to_measure_than_asked_for(data):
+    "All of them are taken then; fewer than a batch, or a network without statistics, is refused before anything is written."
+    run = lambda n, net=NET, **kw: fit(net, Backprop(LOSS), optax.sgd(0.1), data, 1, 4, statistics_examples=n, diagnose_examples=0, progress=False, **kw)
+    for a, b in zip(leaves(run(16).net), leaves(run(5000).net), strict=True): np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match="statistics_examples is 3; expected at least 4"): run(3)
+    with pytest.raises(InputError, match="keeps no statistics"): run(8, network(Conv))
 
 
 @pytest.mark.parametrize("build", [lambda: vgg((8, 8, 3), 5, ((8,), (8, 16)), conv=BatchNormConv, key=jax.random.key(0)),

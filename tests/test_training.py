@@ -19,7 +19,7 @@ from pcnb.data import Dataset, Records, Scale
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
 from pcnb.inference import GaussNewton, GradientDescent
 from pcnb.learning import AbstractRule, Backprop, PredictiveCoding, Report
-from pcnb.models import BatchNorm, Dense, cnn, mlp
+from pcnb.models import BatchNorm, BatchNormConv, Chain, Dense, GlobalAverage, cnn, mlp
 from pcnb.network import InputError, PCNetwork
 from pcnb.training import Diverged, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint
 
@@ -112,6 +112,17 @@ def test_a_streamed_run_is_the_same_run(data, tmp_path):
     for a, b in zip(arrays(whole.net), arrays(again.net), strict=True): np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     for a, b in zip(whole.metrics, again.metrics, strict=True):
         for key in ("loss", "train_top1", "test_top1", "test_loss", "cosine", "relative_residual"): np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+def test_measured_statistics_of_streamed_images(data):
+    "The same as those of held ones, of no more than a batch at a time."
+    data = bytes_of(data)
+    streamed, disks = on_disk(data)
+    keys = jax.random.split(jax.random.key(0))
+    net = PCNetwork([BatchNormConv(1, 3, key=keys[0]), Chain(GlobalAverage(jnp.tanh), Dense(3, CLASSES, key=keys[1]))], (2, 2, 1))
+    held, other = (fit(net, Backprop(), optax.sgd(0.1), d, 1, 5, statistics_examples=12, scale=lambda image: image.astype(jnp.float32), progress=False, diagnose_examples=0).net for d in (data, streamed))
+    for a, b in zip(arrays(held), arrays(other), strict=True): np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert max(disks["train_images"].read) <= 5
 
 
 def test_order_of_examples(data):
