@@ -240,12 +240,13 @@ def test_measured_statistics_are_scored_and_returned_and_do_not_train(data, tmp_
         for a, b in zip(leaves(resumed.net), leaves(measured.net), strict=True): np.testing.assert_array_equal(a, b)
 
 
-def test_fewer_examples_to_measure_than_asked_for(data):
+def test_fewer_examples_to_measure_than_asked_for(data, tmp_path):
     "All of them are taken then; fewer than a batch, or a network without statistics, is refused before anything is written."
     run = lambda n, net=NET, **kw: fit(net, Backprop(LOSS), optax.sgd(0.1), data, 1, 4, statistics_examples=n, diagnose_examples=0, progress=False, **kw)
     for a, b in zip(leaves(run(16).net), leaves(run(5000).net), strict=True): np.testing.assert_array_equal(a, b)
-    with pytest.raises(InputError, match="statistics_examples is 3; expected at least 4"): run(3)
-    with pytest.raises(InputError, match="keeps no statistics"): run(8, network(Conv))
+    with pytest.raises(InputError, match="statistics_examples is 3; expected at least 4"): run(3, folder=tmp_path / "run")
+    with pytest.raises(InputError, match="keeps no statistics"): run(8, network(Conv), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("build", [lambda: vgg((8, 8, 3), 5, ((8,), (8, 16)), conv=BatchNormConv, key=jax.random.key(0)),
