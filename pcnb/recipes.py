@@ -258,7 +258,7 @@ def _decayed(setting):
 def _layered(setting, optimiser):
     "The optimiser behind what its setting does to each layer's gradient first."
     if not setting.clip >= 0: raise InputError(f"clip is {setting.clip}; expected a number above 0, or 0 for none.")
-    first = ([clip_layers(setting.clip)] if setting.clip else []) + ([lalr()] if getattr(setting, "lalr", False) else [])
+    first = ([clip_layers(setting.clip)] if setting.clip else []) + ([lalr()] if setting.lalr else [])
     return optax.chain(*first, optimiser) if first else optimiser
 
 # %% ../nbs/10_recipes.ipynb 16
@@ -323,6 +323,8 @@ class MuonSetting:
     """Fraction of all steps over which the rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled decay of arrays of two dimensions or more."""
+    lalr: bool = False
+    """Layer-adaptive learning rate first (notebook 04), of which orthogonal steps keep only how it weighs gradients of several batches."""
     clip: float = 0.0
     """Largest norm of each layer's gradient, longer ones are shortened first (notebook 04); 0: none."""
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -807,15 +809,17 @@ def _changed(name, rule, recipe):
 def report(
     folders: list[Path], # of finished runs
 ) -> str: # Markdown
-    "A table of runs, seeds together, twins beside. Raises `InputError` for a folder that is not a finished run, or a seed that comes twice."
-    head = ["recipe", "changed", "rule", "inference", "seeds", "top-1 (%)", "top-5 (%)", "its twin, top-1 (%)", "twin, top-5 (%)", "cosine to backpropagation", "energy ratio", "relative residual", "s/epoch", "twin, s/epoch"]
+    "A table of runs, seeds together, twins beside; passes are applications of the network in one inference (notebook 02). Raises `InputError` for a folder that is not a finished run, or a seed that comes twice."
+    head = ["recipe", "changed", "rule", "inference", "seeds", "top-1 (%)", "top-5 (%)", "its twin, top-1 (%)", "twin, top-5 (%)", "cosine to backpropagation", "energy ratio", "relative residual", "passes", "device", "s/epoch", "twin, s/epoch"]
     rows = [head, ["---"] * len(head)]
     for (name, rule, recipe), runs, twins in _pairs(folders):
         of, twin, silent = [s for _, s, _ in runs], [s for _, s, _ in twins], rule == "backprop"
         what = " ".join([type(recipe.inference).__name__.removesuffix("Setting"), *map(str, dataclasses.astuple(recipe.inference))])
-        figures = [_spread([s["cosine_to_backprop"]["mean"] for s in of], 3), *(_spread([s[k] for s in of], 3) for k in ("energy_ratio", "relative_residual"))]
+        figures = [_spread([s["cosine_to_backprop"]["mean"] for s in of], 3), *(_spread([s[k] for s in of], 3) for k in ("energy_ratio", "relative_residual")), _spread([s["passes"] for s in of], 1)]
+        devices, others = (", ".join(sorted({s["device"] for s in v})) for v in (of, twin))
         rows.append([name, _changed(name, rule, recipe), rule, "-" if silent else what, str(len(of)), *(_spread([100 * s[k] for s in of], 2) for k in ("test_top1", "test_top5")),
-                     *(_spread([100 * s[k] for s in twin], 2) for k in ("test_top1", "test_top5")), *(["-"] * 3 if silent else figures), *(_spread([s["seconds_per_epoch"] for s in v], 1) for v in (of, twin))])
+                     *(_spread([100 * s[k] for s in twin], 2) for k in ("test_top1", "test_top5")), *(["-"] * 4 if silent else figures),
+                     devices + (f"; twin {others}" if twin and others != devices else ""), *(_spread([s["seconds_per_epoch"] for s in v], 1) for v in (of, twin))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 def report_figure(

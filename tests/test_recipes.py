@@ -162,6 +162,22 @@ def test_a_layers_gradient_is_shortened_to_its_limit(setting):
     with pytest.raises(InputError, match="clip is -1"): replace(setting, clip=-1.0).build(10)
 
 
+def test_lalr_before_muon_weighs_batches_and_nothing_else():
+    "An orthogonal step does not see a layer's size: equal gradients give the same steps with LALR, of two that differ the momentum becomes another mean."
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)}
+    first, second = (jnp.asarray(rng.normal(size=(6, 4)) * size, jnp.float32) for size in (1.0, 30.0))
+
+    def last(gradients, **change):
+        optimiser = MuonSetting(0.1, warmup=0.0, **change).build(10**6)
+        state = optimiser.init(params)
+        for g in gradients: update, state = optimiser.update({"w": g}, state, params)
+        return update["w"]
+    size = abs(last([first])).max()
+    np.testing.assert_allclose(last([first, first]), last([first, first], lalr=True), atol=1e-3 * size)
+    assert abs(last([first, second]) - last([first, second], lalr=True)).max() > 0.02 * size
+
+
 def test_a_layer_of_two_arrays_is_shortened_as_one():
     "Weights of norm 6 and a bias of norm 8 are a gradient of norm 10."
     optimiser = SGDSetting(1.0, 0.0, warmup=0.0, clip=1.5).build(10**6)
@@ -382,31 +398,32 @@ def test_accumulation_that_cannot_be(accumulate, rule, said, tmp_path, monkeypat
 
 # a table of runs
 
-def record(folder, rule="pc", seed=0, top1=0.9, epochs=2, **changed):
+def record(folder, rule="pc", seed=0, top1=0.9, epochs=2, device="cpu", **changed):
     "A finished run's folder, without training."
     recipe = replace(RECIPES["cifar10-vgg5"], **changed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(recipe="cifar10-vgg5", settings=to_json(recipe), rule=rule, seed=seed)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e + 1, "test_top1": top1 * (e + 1) / epochs}) + "\n" for e in range(epochs)))
-    (folder / "summary.json").write_text(json.dumps(dict(test_top1=top1, test_top5=1.0, seconds_per_epoch=10.0 * (rule == "pc") + 5, energy_ratio=0.5, relative_residual=0.25, cosine_to_backprop={"mean": 0.75})))
+    (folder / "summary.json").write_text(json.dumps(dict(test_top1=top1, test_top5=1.0, seconds_per_epoch=10.0 * (rule == "pc") + 5, energy_ratio=0.5, relative_residual=0.25, cosine_to_backprop={"mean": 0.75},
+                                                         passes=6.0 * (rule == "pc"), device=device)))
     return folder
 
 
 def test_report_puts_seeds_together_and_twins_beside(tmp_path, capsys):
     runs = [record(tmp_path / f"pc-{s}", seed=s, top1=t) for s, t in enumerate((0.90, 0.92, 0.94))]
     record(runs[0] / "twin", "backprop", 0, 0.95)
-    twin = record(tmp_path / "bp-1", "backprop", 1, 0.97, energy=EnergySetting("cross-entropy", output_precision=1.0))  # of no account to a twin
+    twin = record(tmp_path / "bp-1", "backprop", 1, 0.97, device="TPU", energy=EnergySetting("cross-entropy", output_precision=1.0))  # of no account to a twin
     other = record(tmp_path / "other", seed=0, top1=0.8, label_smoothing=0.2)
     main(["report", *map(str, [*runs, twin, other, runs[0]]), "--figure", str(tmp_path / "curves.png")])
     head, _, first, second = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in capsys.readouterr().out.splitlines()]
     row = dict(zip(head, first))
     assert row == {"recipe": "cifar10-vgg5", "changed": "-", "rule": "pc", "inference": "GaussNewton 1 2", "seeds": "3", "top-1 (%)": "92.00 ± 2.00", "top-5 (%)": "100.00 ± 0.00",
                    "its twin, top-1 (%)": "96.00 ± 1.41", "twin, top-5 (%)": "100.00 ± 0.00", "cosine to backpropagation": "0.750 ± 0.000", "energy ratio": "0.500 ± 0.000", "relative residual": "0.250 ± 0.000",
-                   "s/epoch": "15.0 ± 0.0", "twin, s/epoch": "5.0 ± 0.0"}
-    assert dict(zip(head, second))["changed"] == "label_smoothing 0.2" and second[5:9] == ["80.00", "100.00", "-", "-"]
+                   "passes": "6.0 ± 0.0", "device": "cpu; twin TPU, cpu", "s/epoch": "15.0 ± 0.0", "twin, s/epoch": "5.0 ± 0.0"}
+    assert dict(zip(head, second))["changed"] == "label_smoothing 0.2" and second[5:9] == ["80.00", "100.00", "-", "-"] and second[12:] == ["6.0", "cpu", "15.0", "-"]
     assert (tmp_path / "curves.png").stat().st_size > 1000
     main(["report", str(twin)])
-    assert "| backprop | - | 1 | 97.00 | 100.00 | - | - | - | - | - | 5.0 | - |" in capsys.readouterr().out
+    assert "| backprop | - | 1 | 97.00 | 100.00 | - | - | - | - | - | - | TPU | 5.0 | - |" in capsys.readouterr().out
     lines = report_figure([*runs, twin]).axes[0].lines
     np.testing.assert_allclose([line.get_ydata() for line in lines], [[46, 92], [48, 96]], rtol=1e-6)
 
