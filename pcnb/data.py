@@ -50,9 +50,9 @@ def _check_part(part, images, labels, n_classes):
 class Records:
     """Images on disk, read when they are asked for: in place of an array in a `Dataset` that does not fit in memory. Made by `load(..., stream=True)`.
 
-    Indexed by a number, a slice or numbers, it gives the images as an array; `select` chooses among them and reads nothing. Raises `InputError` for images that are not uint8."""
+    Indexed by a number, a slice or numbers, it gives the images as an array; `select` chooses among them, unread. Raises `InputError` for images that are not uint8."""
     def __init__(self,
-        source, # a data source of TFDS, with the images under "image"
+        source, # a data source of TFDS, with the images under "image", of which the first is read
         rows: np.ndarray | None = None, # which of its records, in order; None: all
     ):
         self._source, self._rows = source, np.arange(len(source)) if rows is None else rows
@@ -596,14 +596,17 @@ def whiten(
     size: int = 3, # of a patch, odd
     examples: int = 5000, # first training images in which patches are measured; as many as there are, if fewer
 ) -> Whiten:
-    "Patch whitening by the leading eigenvectors of the patches' second moments. Raises `InputError` for a size that is even, or directions that patches do not have."
+    "Patch whitening by the leading eigenvectors of the patches' second moments, whose signs are the machine's choice: keep the result beside a network trained on it. Raises `InputError` for a size that is even, or directions that patches do not have."
     scale, channels = Scale(*data.moments()), data.image_shape[-1]
     if size < 1 or not size % 2 or size > min(data.image_shape[:2]): raise InputError(f"size is {size}; expected an odd number up to the images' smaller side, {min(data.image_shape[:2])}.")
     _whole("directions", directions, 1, channels * size**2)
     _whole("examples", examples, 1)
-    x = np.asarray(jax.vmap(scale)(jnp.asarray(data.train_images[:examples])))
-    patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2)).transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * channels)
-    values, vectors = np.linalg.eigh(patches.T.astype(np.float64) @ patches / len(patches))
+    images, moments, count = data.train_images[:examples], 0.0, 0
+    for i in range(0, len(images), 200):  # in slices, since the patches hold size**2 times the numbers of the images
+        x = np.asarray(jax.vmap(scale)(jnp.asarray(images[i:i + 200])), np.float64)
+        patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2)).transpose(0, 1, 2, 4, 5, 3).reshape(-1, size * size * channels)
+        moments, count = moments + patches.T @ patches, count + len(patches)
+    values, vectors = np.linalg.eigh(moments / count)
     values, vectors = values[::-1][:directions], vectors[:, ::-1][:, :directions]
     if not values[-1] > 1e-6 * values[0]: raise InputError(f"directions is {directions}, but the patches of {data.name} vary in {int((values > 1e-6 * values[0]).sum())} directions only; take fewer.")
     return Whiten(scale, jnp.asarray((vectors / np.sqrt(values)).reshape(size, size, channels, directions), jnp.float32))

@@ -45,8 +45,8 @@ from .models import AvgPool, BatchNormConv, Chain, Conv, GroupNorm, MaxPool, Sta
 from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Batch, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift, augment_batch
 from .data import Dataset, Scale, load, whiten
-from .diagnostics import Recorder, layer_figures, run_figures
-from .training import Mirrored, Score, average_weights, checkpoint_epoch, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets
+from .diagnostics import Recorder, layer_figures, replacing, run_figures
+from .training import Mirrored, Score, average_weights, checkpoint_epoch, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets, _check_fit
 
 # %% ../nbs/10_recipes.ipynb 6
 Activation = Literal["gelu", "relu", "silu", "tanh"]
@@ -400,7 +400,7 @@ class Recipe:
     batch_size: int = 128
     """Examples of which a gradient is computed at a time."""
     accumulate: int = 1
-    """Batches whose mean gradient makes a weight step, where memory holds no larger batch (notebook 08b); rules pc, cpc and backprop."""
+    """Batches whose mean gradient makes a weight step, where memory holds no larger batch (notebook 08b), counted on from epoch to epoch, the last ones left out if they do not fill a step; rules pc, cpc and backprop."""
     train_examples: int | None = None
     """Train on the first so many examples only."""
     held: bool = False
@@ -429,10 +429,11 @@ def build_rule(
     recipe: Recipe,
     rule: str, # pc, cpc, ipc or backprop
 ) -> AbstractRule:
-    "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, and for the log-determinant or joint inference with another rule than pc."
+    "The learning rule of a recipe. Raises `InputError` for another name, for ipc without gradient descent or with held predictions, for the log-determinant or joint inference with another rule than pc, and for the log-determinant with a backward term."
     choose("rule", rule, RULES)
     if recipe.log_determinant and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} has no log-determinant; use rule pc.")
     if recipe.joint and rule in ("cpc", "ipc"): raise InputError(f"rule {rule} infers each example by itself; leave out joint, or use rule pc.")
+    if recipe.log_determinant and recipe.energy.alpha != 0: raise InputError(f"alpha is {recipe.energy.alpha}; the log-determinant is that of the forward energy, so leave alpha at 0, or log_determinant out.")
     if rule == "pc":
         pc = PredictiveCoding(recipe.energy.build(), _inference(recipe), recipe.held, recipe.joint)
         return LogDeterminant(pc) if recipe.log_determinant else pc
@@ -542,9 +543,7 @@ def environment() -> dict:
                 matmul_precision=jax.config.jax_default_matmul_precision, versions=_versions(), commit=_commit())
 
 def _write_json(path, values):
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(values, indent=1, default=lambda v: v.item()) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as part: part.write_text(json.dumps(values, indent=1, default=lambda v: v.item()) + "\n")
 
 def _read_json(path):
     try: values = json.loads(path.read_text())
@@ -552,6 +551,17 @@ def _read_json(path):
     except ValueError as e: raise InputError(f"{path} is damaged: {e}.") from None
     if not isinstance(values, dict): raise InputError(f"{path} is damaged: not a JSON object.")
     return values
+
+def _settings(out, config):
+    "The recipe in the config.json of a run's folder."
+    try: return from_json(config.get("settings"))
+    except InputError as e: raise InputError(f"{out / 'config.json'} cannot be read: {e}") from None
+
+def _read_summary(out):
+    summary = _read_json(out / "summary.json")
+    if missing := {"test_top1", "test_top5", "cosine_to_backprop", "energy_ratio", "relative_residual", "passes", "device", "seconds_per_epoch"} - summary.keys():
+        raise InputError(f"{out / 'summary.json'} is damaged: it has no {' and no '.join(sorted(missing))}.")
+    return summary
 
 # %% ../nbs/10_recipes.ipynb 27
 def _begun(out):
@@ -561,7 +571,7 @@ def _begun(out):
 def _nothing_to_lose(out):
     "Whether a folder holds a run that was stopped in its first epoch, and nothing else."
     there = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    return "config.json" in there <= {"config.json", "layers.jsonl"} and _is_run(out)
+    return "config.json" in there and all(name in ("config.json", "layers.jsonl", "scale.eqx") or name.endswith(".part") for name in there) and _is_run(out)
 
 def _is_run(out): return {"recipe", "settings", "rule"} <= _read_json(out / "config.json").keys()
 
@@ -587,7 +597,7 @@ def _claim(out, config, overwrite, resume):
     if resume and not (_begun(out) or overwrite): raise InputError(f"{out} has no checkpoint.eqx to resume from; {'use --overwrite to start anew' if used else 'leave out --resume'}.")
     if resume:
         old = _read_json(out / "config.json")
-        old["settings"] = to_json(from_json(old.get("settings")))  # what has become an option since takes its default
+        old["settings"] = to_json(_settings(out, old))  # what has become an option since takes its default
         new = config | {"settings": to_json(from_json(config["settings"]))}  # in the one form of what has several, such as no backward term
         changed = [k for k in ("recipe", "settings", "rule", "seed", "record_every") if old.get(k, new[k]) != new[k]]
         if "settings" in changed:
@@ -596,6 +606,7 @@ def _claim(out, config, overwrite, resume):
         if changed: raise InputError(f"{out} was made with another {' and '.join(changed)}; resume with the same settings.")
         if _begun(out):
             if said := _other_data(old.get("data", {}), new["data"]): raise InputError(f"{out} {said}; resume with the same files.")
+            if not (out / "summary.json").exists(): _write_json(out / "config.json", _read_json(out / "config.json") | {"resumed": [*old.get("resumed", []), environment() | {"started": config["started"]}]})
             return True
     if used and not ((out / "config.json").exists() and _is_run(out)): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
     try:
@@ -606,8 +617,8 @@ def _claim(out, config, overwrite, resume):
     return False
 
 def _other_data(old, new):
-    "What there is to say of the unverified files that a run was trained on, if these are others."
-    return "" if old.get("verified", True) or new.get("verified", True) or old.get("files") == new.get("files") else f"was trained on other files of {old.get('set')}: {_listed(old)}, now {_listed(new)}"
+    "What there is to say of the files that a run was trained on, if these are others, and not all of them verified."
+    return "" if old.get("verified", True) and new.get("verified", True) or old.get("files") == new.get("files") else f"was trained on other files of {old.get('set')}: {_listed(old)}, now {_listed(new)}"
 
 def _listed(source): return ", ".join(f"{name} {sha[:12]}" for name, sha in source["files"].items())
 
@@ -627,18 +638,15 @@ def train(
 ) -> dict: # the summary
     """Run a recipe and write its folder.
 
-    Raises `InputError` for settings, data or a folder that will not do, or one in which another process trains; a run that is there is replaced only after all of them have been checked. A finished run that is resumed says what it said.
+    Raises `InputError` for settings, data or a folder that will not do, or one in which another process trains; `Diverged` as `fit`. A run that is there is replaced only after all of them have been checked. A finished run that is resumed says what it said.
     """
-    if not -2**63 <= seed < 2**63: raise InputError(f"seed is {seed}; expected a 64-bit number.")
+    if not 0 <= seed < 2**32: raise InputError(f"seed is {seed}; expected a number from 0 to 2**32 - 1.")
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir, stream)
     scale = _scale(recipe, data)
     net = _network(recipe, rule, data, scale, jax.random.key(seed))
-    if not 1 <= recipe.batch_size <= len(data.train_images):
-        raise InputError(f"batch_size is {recipe.batch_size}; expected 1 to {len(data.train_images)}, the number of training examples.")
-    if recipe.epochs < 1: raise InputError(f"epochs is {recipe.epochs}; expected at least 1.")
-    if not 0 <= recipe.label_smoothing < 1: raise InputError(f"label_smoothing is {recipe.label_smoothing}; expected a number from 0 up to, but not including, 1.")
-    if recipe.statistics_examples and recipe.statistics_examples < recipe.batch_size: raise InputError(f"statistics_examples is {recipe.statistics_examples}; expected at least {recipe.batch_size}, the size of a batch, or 0.")
-    if recipe.diagnose_examples < 1: raise InputError(f"diagnose_examples is {recipe.diagnose_examples}; expected at least 1.")
+    for option in ("epochs", "diagnose_examples"):
+        if getattr(recipe, option) < 1: raise InputError(f"{option} is {getattr(recipe, option)}; expected at least 1.")
+    _check_fit(net, data, scale, recipe.epochs, recipe.batch_size, recipe.label_smoothing, recipe.diagnose_examples, recipe.statistics_examples)
     if record_every < 0: raise InputError(f"record_every is {record_every}; expected a number >= 0.")
     batches = len(data.train_images) // recipe.batch_size
     if not 1 <= recipe.accumulate <= batches: raise InputError(f"accumulate is {recipe.accumulate}; expected 1 to {batches}, the number of batches in an epoch.")
@@ -651,7 +659,8 @@ def train(
     if overwrite and (out / "config.json").exists(): _try(net, learning, augment, scale, data, recipe)
     resume = _claim(out, config, overwrite, resume)
     with _lock(out):
-        if resume: config = _read_json(out / "config.json")
+        if resume: config, scale = _read_json(out / "config.json"), _saved(out, scale)
+        else: save_checkpoint(out / "scale.eqx", 0, scale)
         finished = resume and (out / "summary.json").exists()
         if finished and not (out / "checkpoint.eqx").exists(): return _read_json(out / "summary.json")
         recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
@@ -672,10 +681,15 @@ def train(
 
 # %% ../nbs/10_recipes.ipynb 29
 def _data(recipe, data_dir, stream=False):
-    for name, n, low in (("train_examples", recipe.train_examples, 1), ("validation", recipe.validation, 0)):
-        if n is not None and n < low: raise InputError(f"{name} is {n}; expected at least {low}.")
+    def check(name, low, most=None):
+        n = getattr(recipe, name)
+        if n is not None and (n < low or most is not None and n > most): raise InputError(f"{name} is {n}; expected at least {low}" + (f" and at most {most}, of {len(data.train_labels)} training examples." if most else "."))
+    check("train_examples", 1)
+    check("validation", 0)
     data = load(recipe.dataset, data_dir, stream)
+    check("validation", 0, len(data.train_labels) - 1)
     if recipe.validation: data = data.validation(recipe.validation)
+    check("train_examples", 1, len(data.train_labels))
     return data if recipe.train_examples is None else data.take(recipe.train_examples)
 
 def _try(net, learning, augment, scale, data, recipe):
@@ -686,6 +700,10 @@ def _try(net, learning, augment, scale, data, recipe):
         changed = augment_batch(augment, batch, key=jax.random.key(0))
         return learning.gradient(net, jax.vmap(scale)(changed.images), changed.targets)[0]
     eqx.filter_eval_shape(one, net, batch)
+
+def _saved(out, scale):
+    "The scale that the network in a run's folder was trained with; `scale` if an earlier version of this library did not keep it."
+    return load_checkpoint(out / "scale.eqx", scale)[1] if (out / "scale.eqx").exists() else scale
 
 def _scale(recipe, data):
     "What makes an image the network's input."
@@ -703,12 +721,13 @@ def _network(recipe, rule, data, scale, key):
 
 def _summary(config, recipe, run):
     last, layers = run.metrics[-1], [round(c, 6) for c in run.metrics[-1]["cosine"]]
+    at = lambda key: ", ".join(dict.fromkeys(str(c[key]) for c in (config, *config.get("resumed", []))))  # each once
     return dict(recipe=config["recipe"], rule=config["rule"], seed=config["seed"], epochs=len(run.metrics), parameters=parameter_count((run.net.layers, run.net.skips)), decoder_parameters=parameter_count(run.net.decoders),
                 scored_on="validation" if recipe.validation else "test", test_top1=last["test_top1"], test_top5=last["test_top5"], train_top1=last["train_top1"],
                 seconds_per_epoch=float(np.median([m["seconds"] for m in run.metrics])), compile_seconds=run.compile_seconds,
                 cosine_to_backprop=dict(mean=float(np.mean(layers)), layers=layers), relative_residual=last["relative_residual"],
                 energy_ratio=last["energy_ratio"], sensitivity=last["sensitivity"], passes=last["passes"], output_precision=recipe.energy.output_precision,
-                device=config["device"], commit=config["commit"])
+                device=at("device"), commit=at("commit"))
 
 def _recorder(learning, data, scale, recipe, every, out, resume):
     "A recorder of the first training examples; it goes on where a resumed run does."
@@ -751,12 +770,12 @@ def load_run(
     "The trained network of a run. Raises `InputError` for a folder that is not a finished run; warns if unverified files are not those that it was trained on."
     out = Path(out)
     config = _read_json(out / "config.json")
-    recipe = from_json(config.get("settings"))
+    recipe = _settings(out, config)
+    if not (out / "weights.eqx").exists(): raise InputError(f"{out} has no weights.eqx: the run is not finished, or its weights were not kept. Go on with it by --resume if it has a checkpoint.eqx, or train it anew.")
     data = _data(recipe, data_dir, stream)
     if said := _other_data(config.get("data", {}), data.source): warnings.warn(f"{out} {said}.", stacklevel=2)
-    scale = _scale(recipe, data)
+    scale = _saved(out, _scale(recipe, data))
     net = _network(recipe, config.get("rule"), data, scale, jax.random.key(0))
-    if not (out / "weights.eqx").exists(): raise InputError(f"{out} has no weights.eqx: the run is not finished, or its weights were not kept. Go on with it by --resume, or train it anew.")
     return Trained(load_checkpoint(out / "weights.eqx", net)[1], scale, data, recipe)
 
 def evaluate_run(
@@ -776,8 +795,8 @@ def _runs(folders):
     if not places: raise InputError("there are no runs to compare; name at least one run's folder.")
     groups = {}
     for at, p in places.items():
-        (config, metrics), summary = read_run(p), _read_json(p / "summary.json")
-        recipe, rule = from_json(config.get("settings")), config.get("rule")
+        (config, metrics), summary = read_run(p), _read_summary(p)
+        recipe, rule = _settings(p, config), config.get("rule")
         runs = groups.setdefault((config.get("recipe"), rule, _shared(recipe) if rule == "backprop" else recipe), [])
         if any(seed == config.get("seed") for seed, *_ in runs):
             if at not in named: continue  # runs that differ in their energy or inference share a twin

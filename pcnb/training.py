@@ -9,7 +9,6 @@ __all__ = ['Score', 'evaluate', 'Mirrored', 'Metrics', 'targets', 'loops_well', 
 
 # %% ../nbs/08_training.ipynb 3
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from .network import InputError, PCNetwork, Statistics, freeze, parameter_count,
 from .learning import AbstractRule, Backprop
 from .augmentation import Batch, augment_batch
 from .data import Dataset, Records, Scale, batches
-from .diagnostics import diagnose
+from .diagnostics import diagnose, replacing
 
 # %% ../nbs/08_training.ipynb 9
 class Score(NamedTuple):
@@ -192,11 +191,9 @@ def save_checkpoint(
     tree: PyTree, # what to save, for example (network, optimiser state)
 ):
     "Write `tree`'s arrays and `epoch` to `path`; a crash leaves the previous file whole."
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as f:
+    with replacing(path) as part, open(part, "wb") as f:
         f.write(json.dumps({"epoch": epoch}).encode() + b"\n")
         eqx.tree_serialise_leaves(f, tree)
-    os.replace(temporary, path)
 
 def checkpoint_epoch(
     path: Path,
@@ -231,11 +228,13 @@ class Diverged(RuntimeError):
     "The loss stopped being finite."
 
 # %% ../nbs/08_training.ipynb 31
-def _check_fit(net, data, scale, epochs, batch_size, smoothing, measured):
+def _check_fit(net, data, scale, epochs, batch_size, smoothing, diagnosed, measured):
+    "Raise `InputError` for what `fit` refuses before anything is made."
     if not 0 <= smoothing < 1: raise InputError(f"label_smoothing is {smoothing}; expected a number from 0 up to, but not including, 1.")
     if epochs < 0: raise InputError(f"epochs is {epochs}; expected a number >= 0.")
     n = len(data.train_images)
-    if not isinstance(batch_size, int) or not 1 <= batch_size <= n: raise InputError(f"batch_size is {batch_size}; expected 1 to {n}, the number of training examples.")
+    if not isinstance(batch_size, int | np.integer) or not 1 <= batch_size <= n: raise InputError(f"batch_size is {batch_size}; expected 1 to {n}, the number of training examples.")
+    if diagnosed < 0: raise InputError(f"diagnose_examples is {diagnosed}; expected a number >= 0.")
     shape = eqx.filter_eval_shape(scale, data.train_images[0]).shape
     if net.shapes[0] != shape:
         scaled = "" if shape == data.image_shape else f", of shape {shape} when scaled"
@@ -268,18 +267,17 @@ def fit(
     statistics_examples: int = 0, # first training examples, not augmented, whose statistics the scored and returned network has; 0: running ones
     callback: Callable | None = None, # callback(step, net) after every weight step (the next step takes the network's arrays: copy what is to stay), or, if it has an attribute `every`, after the first and at each multiple of that; a `Recorder`, for example
     steps_per_call: int | None = None, # weight steps that one compiled call makes; a callback ends a call; None: 32 or as many as a callback allows, but 1 with streamed images, or convolutions on a CPU
-    progress: bool = True, # show a bar on stderr
+    progress: bool = True, # show a bar on stderr, and a line an epoch on stdout
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    The statistics of `statistics_examples`, or of all examples if there are fewer, are taken in whole batches; checkpoint, diagnostics and callback have the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, a batch larger than the data, a share outside [0, 1), a network without weights, or without statistics that are to be measured, or one that does not fit the data, fewer examples to measure than a batch has, a folder that holds a run, more steps a call than
+    The statistics of `statistics_examples`, or of all examples if there are fewer, are taken in whole batches; checkpoint, diagnostics and callback have the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, fewer than a resumed run has, or negative numbers of examples to look at, a batch larger than the data, a share outside [0, 1), a network without weights, or without statistics that are to be measured, or one that does not fit the data, fewer examples to measure than a batch has, a folder that holds a run, more steps a call than
     a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first), or was not where the run is to go on.
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
-    _check_fit(net, data, scale, epochs, batch_size, label_smoothing, statistics_examples)
+    _check_fit(net, data, scale, epochs, batch_size, label_smoothing, diagnose_examples, statistics_examples)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None and not resume and (Path(folder) / "checkpoint.eqx").exists(): raise InputError(f"{folder} holds a run; use resume=True to go on with it, or another folder.")
-    if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     n, streamed = len(data.train_labels), isinstance(data.train_images, Records)
     every = getattr(callback, "every", 1)
     if every < 1: raise InputError(f"the callback's every is {every}; expected at least 1 weight step.")
@@ -295,14 +293,16 @@ def fit(
     def to_score(net, state):
         net = averaged(net, state)
         return measure_statistics(net, to_measure, scale, batch_size) if statistics_examples else net
-    net = jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, net)  # a copy, since steps donate their buffers
-    state, metrics, done = optimiser.init(eqx.filter(net, eqx.is_inexact_array)), [], 0
+    copied = lambda tree: jax.tree.map(lambda p: jnp.array(p) if eqx.is_array(p) else p, tree)  # since steps donate their buffers, and an optimiser may keep the first weights
+    net, state, metrics, done = copied(net), copied(optimiser.init(eqx.filter(net, eqx.is_inexact_array))), [], 0
     if resume:
         done, (net, state) = load_checkpoint(Path(folder) / "checkpoint.eqx", (net, state))
         metrics = read_metrics(Path(folder) / "metrics.jsonl")[:done]
         if len(metrics) < done: raise InputError(f"{folder} is damaged: metrics.jsonl has {len(metrics)} epochs, checkpoint.eqx {done}; start anew.")
+        if done > epochs: raise InputError(f"{folder} has {done} epochs, and epochs is {epochs}; expected at least as many.")
         if done and not np.isfinite(metrics[-1]["loss"]): raise Diverged(f"the run in {folder} had diverged after epoch {done}; start anew with a smaller learning rate.")
     if done >= epochs: return Run(to_score(net, state) if done else net, metrics, 0.0)
+    if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
     steps = n // batch_size
     run = _make_steps(rule, optimiser, augment, batch_size, data.n_classes, label_smoothing, streamed, steps_per_call > 1)
     run = run.lower((fixed, jnp.int32(0), jnp.int32(0)), (net, state, _no_metrics())).compile()
@@ -373,9 +373,7 @@ def _diagnosis(net, rule, x, y):
     return _floats(diagnose(net, rule, x, y)._asdict())
 
 def _write_metrics(path, metrics):
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    os.replace(temporary, path)
+    with replacing(path) as part: part.write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
 # %% ../nbs/08_training.ipynb 34
 def read_metrics(
@@ -385,5 +383,5 @@ def read_metrics(
     try: lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except FileNotFoundError: raise InputError(f"{path} does not exist; is this a run's folder?") from None
     except ValueError as e: raise InputError(f"{path} is damaged: {e}.") from None
-    if not all(isinstance(line, dict) for line in lines): raise InputError(f"{path} is damaged: a line is not a JSON object.")
+    if not all(isinstance(line, dict) and {"epoch", "loss", "test_top1"} <= line.keys() for line in lines): raise InputError(f"{path} is damaged: a line is not the metrics of an epoch.")
     return lines

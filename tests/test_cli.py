@@ -19,7 +19,7 @@ from pcnb.training import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["train", "digits", "--epochs", "2", "--network.width", "8", "--network.depth", "2", "--train-examples", "256", "--quiet", "--no-twin"]
 TIMES = {"seconds", "elapsed", "examples_per_second", "seconds_per_epoch", "compile_seconds"}
-WHAT = ["checkpoint.eqx", "config.json", "figures", "metrics.jsonl", "summary.json", "weights.eqx"]
+WHAT = ["checkpoint.eqx", "config.json", "figures", "metrics.jsonl", "scale.eqx", "summary.json", "weights.eqx"]
 
 
 @pytest.fixture(autouse=True)
@@ -118,8 +118,8 @@ def test_bad_command(run, refuse, argv, said):
     ("--epochs 0", "epochs is 0"),
     ("--batch-size 0", "batch_size is 0; expected 1 to 256"),
     ("--batch-size 257", "batch_size is 257; expected 1 to 256"),
-    ("--train-examples 1438", "=1438) must be"),
-    ("--validation 1437", "=1437) must be"),
+    ("--train-examples 1438", "train_examples is 1438; expected at least 1 and at most 1437, of 1437 training examples"),
+    ("--validation 1437", "validation is 1437; expected at least 0 and at most 1436, of 1437 training examples"),
     ("--network.width 0", "width is 0"),
     ("--network.depth 0", "depth is 0"),
     ("--energy.precision -1", "precision is -1.0"),
@@ -298,6 +298,28 @@ def test_stopped_run_goes_on_to_the_same_end(run, tmp_path, refuse, printed, mon
     assert list(map(timeless, read_metrics(out / "metrics.jsonl"))) == list(map(timeless, read_metrics(run / "metrics.jsonl")))
     assert timeless(summary(out)) == timeless(summary(run))
     assert (out / "weights.eqx").read_bytes() == (run / "weights.eqx").read_bytes()
+    once, (again,) = json.loads((run / "config.json").read_text()), json.loads((out / "config.json").read_text())["resumed"]
+    assert "resumed" not in once and again == {k: once[k] for k in again} | {"started": again["started"]} and {"device", "commit", "versions", "matmul_precision"} < again.keys()
+
+
+def test_a_run_that_went_on_elsewhere_says_so(run, tmp_path, printed, monkeypatch):
+    "In the record of the run and in the table; a finished run is not marked by being asked for again."
+    out, here = copy(run, tmp_path / "run"), pcnb.recipes.environment
+    (out / "summary.json").unlink()
+    monkeypatch.setattr(pcnb.recipes, "environment", lambda: here() | {"device": "TPU", "commit": "abc"})
+    for _ in range(2): printed(*TINY, "--out", out, "--resume")
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["resumed"]) == 1 and summary(out)["device"] == "cpu, TPU" and summary(out)["commit"] == f"{config['commit']}, abc"
+
+
+@pytest.mark.parametrize("left", [[".checkpoint.eqx.part"], [".metrics.jsonl.part", "scale.eqx"]])
+def test_a_run_killed_as_it_wrote_its_first_epoch_begins_anew(left, run, tmp_path, printed):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_bytes((run / "config.json").read_bytes())
+    for name in left: (out / name).write_bytes(b"half")
+    printed(*TINY, "--out", out, "--resume")
+    assert sorted(p.name for p in out.iterdir()) == WHAT
 
 
 def test_lost_weights_come_back_from_the_checkpoint(run, tmp_path, printed, refuse):
@@ -331,6 +353,31 @@ def test_other_files_than_those_of_the_run_are_told(tmp_path, printed, refuse, m
     monkeypatch.setattr(pcnb.recipes, "load", lambda *_: of("2"))
     assert "was trained on other files of digits: digits-files/ 111111111111, now digits-files/ 222222222222" in refuse(*TINY, "--out", tmp_path / "run", "--resume")
     with pytest.warns(UserWarning, match="was trained on other files of digits"): printed("evaluate", tmp_path / "run")
+    verified = replace(of("3"), source=of("3").source | {"verified": True})  # as an archive beside unpacked files
+    monkeypatch.setattr(pcnb.recipes, "load", lambda *_: verified)
+    assert "now digits-files/ 333333333333" in refuse(*TINY, "--out", tmp_path / "run", "--resume")
+
+
+def test_a_run_without_weights_asks_for_no_data(run, tmp_path, refuse, monkeypatch):
+    out = copy(run, tmp_path / "run")
+    (out / "weights.eqx").unlink()
+    monkeypatch.setattr(pcnb.recipes, "load", lambda *_: pytest.fail("it was loaded"))
+    assert "has no weights.eqx" in refuse("evaluate", out)
+
+
+def test_damaged_records_are_named(run, tmp_path, refuse):
+    for i, (name, content, command, said) in enumerate((
+            ("summary.json", {}, "report", "summary.json is damaged: it has no cosine_to_backprop and no device"), ("config.json", {"recipe": "digits", "rule": "pc"}, "evaluate", "config.json cannot be read: not a recipe"),
+            ("metrics.jsonl", {}, "report", "metrics.jsonl is damaged: a line is not the metrics of an epoch"))):
+        out = copy(run, tmp_path / str(i), **{name.replace(".", "__"): json.dumps(content).encode()})
+        assert said in refuse(command, out)
+
+
+def test_the_table_tells_a_rise_of_the_energy_from_rounding(run):
+    s = summary(run)
+    table = lambda **changed: pcnb.cli._table({run: s | changed})
+    assert "raised the energy" in table(energy_ratio=1.01) and "raised the energy" not in table(energy_ratio=1 + 2**-9)
+    assert table(test_top1_flip=0.4321).splitlines()[3].split() == ["with", "the", "mirror", "image", "(%)", "43.21"] and "mirror" not in table()
 
 
 def test_a_run_can_be_scored_without_its_training_images_in_memory(run, printed, monkeypatch):
@@ -357,7 +404,7 @@ def test_twin_is_trained_beside_and_resumed(tmp_path, refuse, printed, monkeypat
     refuse(*argv, code=130)
     monkeypatch.setattr(pcnb.training, "_epoch", run_epoch)
     twin = tmp_path / "run" / "twin"
-    assert sorted(p.name for p in twin.iterdir()) == ["config.json"]
+    assert sorted(p.name for p in twin.iterdir()) == ["config.json", "scale.eqx"]
     figure = (tmp_path / "run" / "figures" / "accuracy.png").read_bytes()
     table = printed(*argv, "--resume")
     assert (tmp_path / "run" / "figures" / "accuracy.png").read_bytes() != figure
@@ -385,7 +432,7 @@ def test_the_rate_of_an_incremental_run_ends_with_it(tmp_path, monkeypatch):
     assert set(asked) == {2 * 4 * 3}
 
 
-@pytest.mark.parametrize("options, said", [(("--seed", 2**63), "seed is 9223372036854775808; expected a 64-bit number"), (("--record-every", -1), "record_every is -1"),
+@pytest.mark.parametrize("options, said", [(("--seed", 2**32), "seed is 4294967296; expected a number from 0 to 2**32 - 1"), (("--seed", -1), "seed is -1"), (("--record-every", -1), "record_every is -1"),
                                            (("--train-examples", 0), "train_examples is 0; expected at least 1"), (("--validation", -1), "validation is -1; expected at least 0")])
 def test_numbers_out_of_range(options, said, refuse, tmp_path):
     assert said in refuse(*TINY, "--out", tmp_path / "run", *options)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from pcnb.diagnostics import Recorder, diagnose, layer_figures, read_records, run_figures, sensitivity
+from pcnb.diagnostics import LAYER_QUANTITIES, Recorder, diagnose, layer_figures, read_records, run_figures, sensitivity
 from pcnb.energy import ForwardEnergy
 from pcnb.inference import GaussNewton, GradientDescent
 from pcnb.learning import Backprop, IncrementalPC, PredictiveCoding, layer_cosines
@@ -71,4 +71,13 @@ def test_what_has_no_diagnosis_is_not_drawn():
     line = {"epoch": 1, "test_top1": 0.5, "train_top1": 0.5}
     for draw in (run_figures, layer_figures):
         with pytest.raises(InputError, match="train with diagnose_examples above 0"): draw([line])
-    with pytest.raises(InputError, match="there are no records to draw"): layer_figures([])
+        with pytest.raises(InputError, match="there are no records to draw"): draw([])
+
+
+def test_an_energy_that_overflowed_is_drawn(tmp_path):
+    "With what is finite beside it."
+    record = {"step": 1} | {name: [1.0, 2.0] for name in LAYER_QUANTITIES}
+    for energy in ([np.inf, 1.0], [np.inf, np.inf], [np.nan, 1.0]):
+        for name, figure in layer_figures([record, record | {"step": 2, "energy": energy}]).items(): figure.savefig(tmp_path / f"{name}.png")
+    figure.savefig(tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 1000

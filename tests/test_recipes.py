@@ -243,6 +243,27 @@ def test_a_run_by_muon_on_whitened_patches_is_recorded_and_scored_again(tmp_path
     assert net.depth == 5 and net.shapes[1] == (16, 16, 4)  # no layer before the first block
 
 
+def test_the_whitening_of_a_run_is_kept(tmp_path, monkeypatch):
+    "Eigenvectors have signs of the machine's choice: elsewhere a network is scored, and goes on, with those that it was trained with."
+    data, eigh, epoch = pictures(side=32), np.linalg.eigh, pcnb.training._epoch
+    monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: data)
+    recipe = replace(RECIPES["cifar10-cpu"], network=ImageNetworkSetting(width=(4, 4), norm="batch", whiten=True), inference=GaussNewtonSetting(1, 1), epochs=2, batch_size=16)
+    train("cifar10-cpu", recipe, tmp_path / "whole", progress=False)
+    def stopped(*args):
+        if "epoch 2/2" in [a for a in args if isinstance(a, str)]: raise KeyboardInterrupt
+        return epoch(*args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(pcnb.training, "_epoch", stopped)
+        train("cifar10-cpu", recipe, tmp_path / "run", progress=False)
+    monkeypatch.setattr(np.linalg, "eigh", lambda a: (lambda values, vectors: (values, -vectors))(*eigh(a)))
+    train("cifar10-cpu", recipe, tmp_path / "run", resume=True, progress=False)
+    (net, *_), (again, *_) = load_run(tmp_path / "whole"), load_run(tmp_path / "run")
+    for a, b in zip(*(jax.tree.leaves(eqx.filter(n, eqx.is_array)) for n in (net, again)), strict=True): np.testing.assert_array_equal(a, b)  # a run by Muon, in bfloat16, that was stopped
+    assert evaluate_run(tmp_path / "run").loss == pytest.approx(read_run(tmp_path / "whole")[1][-1]["test_loss"], rel=1e-5)
+    (tmp_path / "run/scale.eqx").unlink()  # as an earlier version left it
+    assert evaluate_run(tmp_path / "run").loss != pytest.approx(read_run(tmp_path / "whole")[1][-1]["test_loss"], rel=1e-3)
+
+
 def test_the_mirrored_score_turns_the_picture_before_whitening(tmp_path, monkeypatch):
     "A picture and its mirror image then have one output; whitened patches that are turned are those of no picture."
     scored, score = [], pcnb.recipes.evaluate
@@ -403,7 +424,7 @@ def record(folder, rule="pc", seed=0, top1=0.9, epochs=2, device="cpu", **change
     recipe = replace(RECIPES["cifar10-vgg5"], **changed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(recipe="cifar10-vgg5", settings=to_json(recipe), rule=rule, seed=seed)))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e + 1, "test_top1": top1 * (e + 1) / epochs}) + "\n" for e in range(epochs)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e + 1, "loss": 1.0, "test_top1": top1 * (e + 1) / epochs}) + "\n" for e in range(epochs)))
     (folder / "summary.json").write_text(json.dumps(dict(test_top1=top1, test_top5=1.0, seconds_per_epoch=10.0 * (rule == "pc") + 5, energy_ratio=0.5, relative_residual=0.25, cosine_to_backprop={"mean": 0.75},
                                                          passes=6.0 * (rule == "pc"), device=device)))
     return folder

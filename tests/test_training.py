@@ -390,6 +390,26 @@ def test_bad_input_is_refused_before_any_work(data, tmp_path):
     with pytest.raises(InputError, match=r"output has shape \(4,\)"): call(mlp((2, 2, 1), 4, depth=1, key=jax.random.key(0)))
     with pytest.raises(InputError, match="does not exist"): call(folder=tmp_path, resume=True)
     with pytest.raises(InputError, match="folder"): call(resume=True)  # from where?
+    with pytest.raises(InputError, match="diagnose_examples is -1"): call(diagnose_examples=-1)
+    with pytest.raises(InputError, match="batch_size is 5.0"): call(batch_size=5.0)
+    for how in (dict(resume=True), dict(steps_per_call=0)):
+        with pytest.raises(InputError): call(folder=tmp_path / "new", **how)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_more_epochs_is_not_taken_for_one_of_fewer(data, tmp_path):
+    seen(data, 2, np.int64(5), folder=tmp_path)
+    with pytest.raises(InputError, match="has 2 epochs, and epochs is 1"): seen(data, 1, folder=tmp_path, resume=True)
+
+
+def test_an_optimiser_may_keep_the_first_weights(data):
+    "Prodigy's state holds the weights that it began with, the very arrays."
+    net = mlp((2, 2, 1), CLASSES, width=4, depth=2, key=jax.random.key(0))
+    before = [np.array(p) for p in arrays(net)]
+    run = fit(net, Backprop(), optax.contrib.prodigy(), bytes_of(data), 3, 5, progress=False)
+    for trained, a, b in zip(arrays(run.net), arrays(net), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(trained - b).max() > 0
 
 
 def test_checkpoint_of_another_network_is_refused(data, tmp_path):
