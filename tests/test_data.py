@@ -4,6 +4,7 @@ import gzip
 import functools
 import hashlib
 import http.client
+import builtins
 import io
 import json
 import os
@@ -752,6 +753,24 @@ def test_a_folder_without_permission(cifar, monkeypatch):
     assert not list(cifar.root.rglob("*prepar*"))
 
 
+@pytest.mark.parametrize("name, prepared", [("train.bin", False), ("arrays.json", True), ("arrays.npz", True)])
+def test_a_file_without_permission(name, prepared, cifar, monkeypatch):
+    "It is named, and nobody is told to delete what he may not read."
+    if prepared: load(cifar.entry, cifar.root)
+    before = sorted(cifar.root.rglob("*"))
+    def denied(real):
+        def call(path, *args, **kwargs):
+            if Path(path).name == name: raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path, *args, **kwargs)
+        return call
+    with monkeypatch.context() as patch:
+        for owner, function in ((Path, "read_bytes"), (Path, "read_text"), (builtins, "open")): patch.setattr(owner, function, denied(getattr(owner, function)))
+        with pytest.raises(InputError) as error: load(cifar.entry, cifar.root)
+    assert name in message(error) and "Permission denied" in message(error) and "elete" not in message(error)
+    assert sorted(cifar.root.rglob("*")) == before
+    cifar.check(load(cifar.entry, cifar.root))
+
+
 @given(st.integers(1, 4), st.integers(1, 2), st.integers(0, 2**32 - 1))
 def test_cifar_round_trip(tmp_path_factory, n, n_labels, seed):
     rng, path = np.random.default_rng(seed), tmp_path_factory.getbasetemp() / "round.bin"
@@ -979,10 +998,10 @@ def colours(n=40, side=9, channels=3, dtype=np.uint8):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("size, directions", [(3, 16), (3, 27), (1, 3), (5, 4)])
 def test_whitened_patches_have_the_identity_as_second_moments(dtype, size, directions):
-    data = colours(dtype=dtype)
+    data = colours(450, dtype=dtype)  # more than are looked at in a slice
     white, edge = whiten(data, directions, size), size // 2
     out = np.asarray(jax.vmap(white)(data.train_images), np.float64)
-    assert out.shape == (40, 9, 9, 2 * directions)
+    assert out.shape == (450, 9, 9, 2 * directions)
     np.testing.assert_array_equal(out[..., directions:], -out[..., :directions])
     inside = out[:, edge:9 - edge, edge:9 - edge, :directions].reshape(-1, directions)
     np.testing.assert_allclose(inside.T @ inside / len(inside), np.eye(directions), atol=5e-3)

@@ -129,6 +129,7 @@ def test_sizes_that_cannot_be():
 TINY = {
     "vgg": lambda **kw: vgg((8, 8, 3), 5, ((8,), (8, 16)), key=KEY, **kw), "resnet": lambda **kw: resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), key=KEY, **kw),
     "resnet9": lambda **kw: resnet9((8, 8, 3), 5, 8, key=KEY, **kw), "airnet": lambda **kw: airnet((8, 8, 3), 5, (8, 16), 8, key=KEY, **kw),
+    "wideresnet": lambda **kw: wideresnet((8, 8, 3), 5, 16, 10, key=KEY, **kw),
     "projected": lambda **kw: resnet((8, 8, 3), 5, 8, (8, 16), (1, 1), project=learned_projection, key=KEY, **kw),
 }
 NORMS = {"none": dict(norm=None), "group": dict(norm=GroupNorm), "layer": dict(norm=layer_norm), "standardised": dict(norm=None, conv=StandardisedConv)}
@@ -145,7 +146,7 @@ def test_a_gradient_reaches_every_parameter(name, kind):
 
 
 @pytest.mark.parametrize("name, skips, loss", [("vgg", False, SquaredError()), ("vgg", True, CrossEntropy()), ("resnet", False, CrossEntropy()), ("resnet", True, SquaredError()),
-                                               ("resnet9", True, CrossEntropy()), ("airnet", False, SquaredError()), ("airnet", True, CrossEntropy())], ids=lambda v: str(v).strip("()"))
+                                               ("resnet9", True, CrossEntropy()), ("resnet9", False, SquaredError()), ("wideresnet", True, CrossEntropy()), ("airnet", False, SquaredError()), ("airnet", True, CrossEntropy())], ids=lambda v: str(v).strip("()"))
 def test_predictive_coding_learns_in_every_model(name, skips, loss):
     "Inference lowers the energy, and where the output precision p is small, the learning gradient over p is backpropagation's, in every layer, up to an error that falls with p."
     net = TINY[name](norm=GroupNorm, **({"vgg": dict(skips=skips), "airnet": dict(convolutions=2 + skips)}.get(name, {})))

@@ -1,12 +1,19 @@
 """Plans of many runs: what is trained, what is left, what is refused before anything is trained."""
+import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
+import jax
+import numpy as np
 import pytest
 
 import pcnb.cli
 from pcnb.cli import main
+from pcnb.data import SETS, Dataset, load
+from pcnb.recipes import RECIPES, MLPSetting
 from pcnb.training import Diverged, read_metrics
 
 RUN = "digits --epochs 1 --network.width 8 --network.depth 2 --no-twin"
@@ -161,7 +168,42 @@ PLANS = Path(__file__).resolve().parent.parent / "plans"
 def test_the_plans_of_this_repository_mean_runs_that_can_be_built(path):
     runs = pcnb.cli._planned(path)
     assert len({(r.name, r.rule, r.seed, repr(r)) for r in runs.values()}) == len(runs)  # no run twice
-    for run in runs.values(): pcnb.recipes.build_rule(run, run.rule)
+    for run in runs.values(): built(run, run.rule, shapes=not isinstance(run.network, MLPSetting))  # hundreds of layers take long
+
+
+@functools.cache
+def images(name):
+    "Two pictures in the form of a set."
+    entry = SETS.get(name)
+    if entry is None: return load(name).take(2)
+    rng, n = np.random.default_rng(0), len(entry.classes) if isinstance(entry.classes, tuple) else entry.classes or 200
+    pictures = rng.integers(0, 256, (2, *entry.shape), np.uint8)
+    return Dataset(name, pictures, np.arange(2), pictures, np.arange(2), tuple(map(str, range(n))))
+
+
+def built(recipe, rule, shapes=True):
+    "All that a recipe builds before it trains; of the weights only the shapes."
+    pcnb.recipes.build_rule(recipe, rule)
+    data = images(recipe.dataset)
+    recipe.augment.build(data)
+    recipe.optimiser.build(10)
+    return shapes and shapes_of(recipe.network, recipe.energy if rule != "backprop" else RECIPES["digits"].energy, recipe.joint, recipe.statistics_examples, recipe.dataset)
+
+
+@functools.cache
+def shapes_of(network, energy, joint, measured, dataset):
+    "Shapes of the states of a network on a set's images."
+    recipe, data = replace(RECIPES["digits"], dataset=dataset, network=network, energy=energy, joint=joint, statistics_examples=measured), images(dataset)
+    scale = pcnb.recipes._scale(recipe, data)
+    net = eqx.filter_eval_shape(lambda: pcnb.recipes._network(recipe, "pc", data, scale, jax.random.key(0)))
+    assert net.shapes[-1] == (data.n_classes,)
+    return net.shapes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_its_network(name):
+    (channels, directions), first = (3, 32), built(RECIPES[name], "pc")[0]
+    assert first == (*images(RECIPES[name].dataset).image_shape[:2], directions if getattr(RECIPES[name].network, "whiten", False) else channels if name[:3] in ("cif", "tin") else 1)
 
 
 def test_a_refused_run_does_not_stop_the_others(capsys):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 
 import pcnb.training
-from pcnb.augmentation import Shift
+from pcnb.augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
 from pcnb.data import Dataset, Records, Scale
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
 from pcnb.inference import GaussNewton, GradientDescent
@@ -112,6 +112,23 @@ def test_a_streamed_run_is_the_same_run(data, tmp_path):
     for a, b in zip(arrays(whole.net), arrays(again.net), strict=True): np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     for a, b in zip(whole.metrics, again.metrics, strict=True):
         for key in ("loss", "train_top1", "test_top1", "test_loss", "cosine", "relative_residual"): np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [(AlternatingFlip(), Crop(1), Cutout(2, jnp.zeros(1))), (Flip(), CutMix(1.0)), (Affine(1, 20.0), Mixup(0.5))], ids=["crop", "cutmix", "mixup"])
+def test_streamed_images_change_as_held_ones_do(changes):
+    "Pictures in which every change shows: each step sees the same bytes of the same example, at random and in every other epoch."
+    rng, dtypes = np.random.default_rng(0), set()
+    images, labels = rng.integers(0, 256, (N, 4, 4, 1), np.uint8), np.arange(N) % CLASSES
+    held = Dataset("random", images, labels, images[:7], labels[:7], ("a", "b", "c"))
+    def scale(image):
+        dtypes.add(image.dtype)
+        return image.astype(jnp.float32)
+    net = mlp((4, 4, 1), CLASSES, depth=1, key=jax.random.key(0))
+    (got, _), (want, _), (plain, _) = (seen(d, 2, net=net, scale=scale, augment=a) for d, a in ((on_disk(held)[0], Compose(*changes)), (held, Compose(*changes)), (held, None)))
+    for a, b, c in zip(got, want, plain, strict=True):
+        for u, v in zip(a, b): np.testing.assert_array_equal(u, v)
+        assert (a[0] != c[0]).any()
+    assert dtypes == {np.dtype(np.uint8)} | ({np.dtype(np.float32)} if isinstance(changes[-1], Mixup) else set())  # bytes until the step, but for means of two
 
 
 def test_measured_statistics_of_streamed_images(data):
