@@ -128,7 +128,7 @@ def test_streamed_images_change_as_held_ones_do(changes):
     for a, b, c in zip(got, want, plain, strict=True):
         for u, v in zip(a, b): np.testing.assert_array_equal(u, v)
         assert (a[0] != c[0]).any()
-    assert dtypes == {np.dtype(np.uint8)} | ({np.dtype(np.float32)} if isinstance(changes[-1], Mixup) else set())  # bytes until the step, but for means of two
+    assert dtypes == {np.dtype(np.uint8)}  # until they are scaled, in the step
 
 
 def test_measured_statistics_of_streamed_images(data):
