@@ -87,7 +87,7 @@ class AvgPool(eqx.Module):
 
     def __call__(self, x): return avg_pool(x, self.size)
 
-# %% ../nbs/06_models.ipynb 17
+# %% ../nbs/06_models.ipynb 19
 class Dense(eqx.Module):
     "`W activation(x) + b`, on a flattened state."
     weight: Float[Array, "n_out n_in"]
@@ -111,7 +111,7 @@ class Dense(eqx.Module):
         if self.pool > 1: x = max_pool(x, self.pool)
         return self.weight @ x.reshape(-1) + self.bias
 
-# %% ../nbs/06_models.ipynb 18
+# %% ../nbs/06_models.ipynb 20
 class Conv(eqx.Module):
     "A convolution of `activation(x)` over an image in height, width, channels; zero padding, so that stride 1 keeps the size."
     weight: Float[Array, "k k n_in n_out"]
@@ -144,7 +144,7 @@ class Conv(eqx.Module):
         else: out = jax.lax.conv_general_dilated(x[None], weight, (self.stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
         return out if self.bias is None else out + self.bias[None, None]
 
-# %% ../nbs/06_models.ipynb 22
+# %% ../nbs/06_models.ipynb 24
 def mlp(
     in_shape: tuple[int, ...], # shape of one input; it is flattened
     classes: int, # size of the output
@@ -169,12 +169,12 @@ def mlp(
               for l, (n, m, g, k) in enumerate(zip(sizes, sizes[1:], gains, keys))]
     return PCNetwork(layers, in_shape, [Skip(*e) for e in ends])
 
-# %% ../nbs/06_models.ipynb 23
+# %% ../nbs/06_models.ipynb 25
 def _check_sizes(**sizes):
     for name, n in sizes.items():
         if n < 1: raise InputError(f"{name} is {n}; expected at least 1.")
 
-# %% ../nbs/06_models.ipynb 30
+# %% ../nbs/06_models.ipynb 32
 def cnn(
     in_shape: tuple[int, int, int], # height, width, channels of one image
     classes: int, # size of the output
@@ -204,7 +204,7 @@ def cnn(
     layers.append(layer(2, lambda act, window, gain: Dense(side[0] * side[1] * sizes[-1], classes, act, window, gain * output_gain, key=keys[-1])))
     return PCNetwork(layers, in_shape)
 
-# %% ../nbs/06_models.ipynb 34
+# %% ../nbs/06_models.ipynb 36
 class GlobalAverage(eqx.Module):
     "The mean over height and width of `activation(x)`, a vector of channels."
     activation: Callable = eqx.field(static=True)
@@ -221,7 +221,7 @@ class Chain(eqx.Module):
         for part in self.parts: x = part(x)
         return x
 
-# %% ../nbs/06_models.ipynb 36
+# %% ../nbs/06_models.ipynb 38
 class GroupNorm(eqx.Module):
     """Subtracts the mean and divides by the deviation of each group of channels, over all pixels of one example; then scale and bias of each channel.
 
@@ -268,7 +268,7 @@ class StandardisedConv(eqx.Module):
         w = w * jax.lax.rsqrt(jnp.mean(w**2, (0, 1, 2), keepdims=True) + 1e-8) * self.scale * self.gain.reshape(1, 1, 1, -1)
         return eqx.tree_at(lambda c: c.weight, self.conv, w)(x)
 
-# %% ../nbs/06_models.ipynb 40
+# %% ../nbs/06_models.ipynb 42
 class BatchNorm(eqx.Module):
     """Subtracts the mean of each channel and divides by its deviation, both from `statistics`; then scale and bias of each channel.
 
@@ -302,7 +302,7 @@ class BatchNormConv(eqx.Module):
 
     def __call__(self, x): return self.norm(self.conv(x))
 
-# %% ../nbs/06_models.ipynb 43
+# %% ../nbs/06_models.ipynb 45
 def _check_image(in_shape, **sizes):
     if len(in_shape) != 3: raise InputError(f"in_shape is {tuple(in_shape)}; a convolutional network takes (height, width, channels).")
     _check_sizes(**sizes)
@@ -420,7 +420,7 @@ def airnet(
     layers.append(_parts(norm(n) if norm else None, whole if skips else None, Dense(rest, classes, activation, 1, output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, skips)
 
-# %% ../nbs/06_models.ipynb 46
+# %% ../nbs/06_models.ipynb 48
 class PoolAndPad(eqx.Module):
     "Mean over windows, then zeros in the channels that are new."
     size: int = eqx.field(static=True)
@@ -513,7 +513,7 @@ def resnet9(
     layers.append(_pooling(pool, last, activation, of(d), lambda act, gain: Dense(rest, classes, act, 1, gain * output_gain, key=next(keys))))
     return PCNetwork(layers, in_shape, [Skip(2, 4), Skip(6, 8)])
 
-# %% ../nbs/06_models.ipynb 55
+# %% ../nbs/06_models.ipynb 57
 def _kind(module):
     "What a layer or the module of a skip does, in a few words."
     if isinstance(module, Chain): return ", ".join(_kind(p) for p in module.parts)
@@ -538,7 +538,7 @@ def layer_table(
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
 
-# %% ../nbs/06_models.ipynb 61
+# %% ../nbs/06_models.ipynb 63
 MODELS = {f.__name__: f for f in (mlp, cnn, airnet, vgg5, vgg7, vgg9, vgg10, resnet9, resnet18, wideresnet)}
 
 def find_model(

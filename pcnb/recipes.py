@@ -457,6 +457,11 @@ def _deep(dataset, epochs, width=(), cutout=8, batch_size=128, mixup=0.0):
     return dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, convolutions=3), energy=dataclasses.replace(recipe.energy, output_precision=0.001),
                                optimiser=MuonSetting(2e-2 * root, warmup=0.1, weight_decay=0.1 * root), batch_size=batch_size)
 
+def _equilibrium(dataset, train_examples, epochs=4, output_precision=2.0, alpha=0.04):
+    "Inference that comes near its end, at a precision at which that turns the gradient, on a small network."
+    return Recipe(dataset, ImageNetworkSetting("vgg5", (32,), norm="batch", pool="average", arithmetic="bfloat16"), GaussNewtonSetting(2, 3), EnergySetting("cross-entropy", output_precision=output_precision, alpha=alpha),
+                  AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), label_smoothing=0.1, epochs=epochs, joint=True, train_examples=train_examples)
+
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe("digits", MLPSetting(128, 16, skips=True), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3), epochs=30, batch_size=64),
     "mnist-mlp": Recipe("mnist", MLPSetting(256, 3), energy=EnergySetting(output_precision=0.3), optimiser=AdamSetting(2e-3, weight_decay=1e-2)),
@@ -467,9 +472,10 @@ RECIPES: dict[str, Recipe] = {
     "mnist-cnn": Recipe("mnist", CNNSetting((32, 64, 64, 64)), GaussNewtonSetting(1, 2), optimiser=AdamSetting(4e-3), augment=AugmentSetting(pixels=2)),
     "mnist-best": _fast("mnist", 8, (16, 64, 128), augment=AugmentSetting(pixels=2, degrees=8.0, scale=0.08), whiten=False),
     "cifar10-cnn8": Recipe("cifar10", CNNSetting((32, 32, 64, 64, 128, 128, 128), pool="average"), energy=EnergySetting(output_precision=1.0), epochs=4, train_examples=10_000),
-    "cifar10-equilibrium": Recipe(
-        "cifar10", ImageNetworkSetting("vgg5", (32,), norm="batch", pool="average", arithmetic="bfloat16"), GaussNewtonSetting(2, 3), EnergySetting("cross-entropy", output_precision=2.0, alpha=0.04),
-        AdamSetting(2e-3, 0.1, 0.05, decay_all=False), AugmentSetting("random", crop=2), label_smoothing=0.1, epochs=4, joint=True, train_examples=10_000),
+    "cifar10-equilibrium": _equilibrium("cifar10", 10_000),
+    "cifar10-equilibrium-all": _equilibrium("cifar10", None, 8, 0.5, 0.02),
+    "cifar100-equilibrium": _equilibrium("cifar100", 20_000),
+    "tiny-imagenet-equilibrium": _equilibrium("tiny_imagenet", 10_000, output_precision=5.0),
     "cifar10-cpu": _fast("cifar10", 8),
     "cifar10-deep": _deep("cifar10", 16),
     "cifar10-gpu": _deep("cifar10", 40, (128, 512, 512), 12, 512),

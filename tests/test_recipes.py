@@ -463,6 +463,14 @@ def test_report_refuses(tmp_path, capsys):
     assert "summary.json does not exist" in refused(run)
 
 
+@pytest.mark.parametrize("name, record", [("cifar10-equilibrium-all", "cifar10-equilibrium-all/p0.5-0"), ("cifar100-equilibrium", "beyond/cifar100/pc"), ("tiny-imagenet-equilibrium", "beyond/tiny-imagenet/p5"),
+                                          ("cifar10-deep", "cifar10-deep/pc-0"), ("cifar100-gpu", "cifar100-gpu/pc-0")])
+def test_a_recipe_is_what_was_recorded(name, record):
+    "Under its own name or that of the recipe whose settings the run changed."
+    recorded = from_json(read_run(Path(__file__).parent.parent / "results" / record)[0]["settings"])
+    assert replace(recorded, dataset=RECIPES[name].dataset) == RECIPES[name] and recorded.dataset.removesuffix("_subset") == RECIPES[name].dataset
+
+
 @pytest.mark.parametrize("rule, options, said", [("cpc", "", "leave out joint"), ("ipc", "inference:gradient-descent", "leave out joint")])
 def test_joint_inference_is_for_rule_pc(rule, options, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pcnb.recipes, "load", lambda name, folder, stream=False: pictures(side=32, name=name))
