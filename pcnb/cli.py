@@ -73,7 +73,7 @@ class Train(Recipe):
     overwrite: FlagCreatePairsOff[Annotated[bool, arg(help="Replace the run in the folder.")]] = False
     resume: FlagCreatePairsOff[Annotated[bool, arg(help="Go on with the run in the folder, which must have the same settings.")]] = False
     record_every: Annotated[int, arg(metavar="N", help="Record every layer each N batches, in layers.jsonl and as maps in figures; 0: not.")] = 0
-    stream: FlagCreatePairsOff[Annotated[bool, arg(help="Read images from disk batch by batch, for a set that does not fit in memory; the run is the same.")]] = False
+    stream: FlagCreatePairsOff[Annotated[bool, arg(help="Read images from disk batch by batch, for a set that does not fit in memory beside the network; the run is the same. Preparing a set the first time takes memory for all of it.")]] = False
     quiet: FlagCreatePairsOff[Annotated[bool, arg(help="Show no progress, only the result.")]] = False
 
     def __call__(self):

@@ -293,6 +293,9 @@ def _read_tiny_imagenet(entry, folder, n_train=500, n_test=50):
 
 def _sha256(raw): return hashlib.sha256(raw).hexdigest()
 
+def _file_sha256(path):
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+
 _DIGITS_SHA256 = "a19cb3d96bba7deace8ee5a513a6eb7bad0403d528f00bf4d351b6a7a55baa91"
 
 # %% ../nbs/07_data.ipynb 34
@@ -413,7 +416,7 @@ def _get_file(entry, name, folder, temporary):
     "Make sure that `name` in `folder` is the file that `entry` means; download it if it is missing."
     path, url, expected = folder / name, entry.url + name, entry.files[name]
     if path.exists():
-        if (found := _sha256(path.read_bytes())) != expected:
+        if (found := _file_sha256(path)) != expected:
             raise InputError(f"{path} is damaged or altered: its SHA-256 is {found}, not {expected}. Delete it and load {entry.name} again, or put there {url}.")
         return
     try:
@@ -455,7 +458,7 @@ def _obtain(entry, home, temporary):
 
 def _folder_sha256(folder):
     "One checksum of all files in `folder` and their names."
-    lines = sorted(f"{path.relative_to(folder).as_posix()} {_sha256(path.read_bytes())}\n" for path in folder.rglob("*") if path.is_file())
+    lines = sorted(f"{path.relative_to(folder).as_posix()} {_file_sha256(path)}\n" for path in folder.rglob("*") if path.is_file())
     return _sha256("".join(lines).encode())
 
 def _prepare(entry, folder):
@@ -471,7 +474,7 @@ def _prepare(entry, folder):
             if shutil.disk_usage(folder).free < needed: raise OSError(f"no space left on device: {needed / 1e6:,.0f} MB are needed")
             np.savez(new.with_suffix(".npz"), **_through_tfds(data, entry, new / "tfds", Path(temporary) / "downloads"))
             os.replace(new.with_suffix(".npz"), new / "arrays.npz")
-            record |= {"sha256": _sha256((new / "arrays.npz").read_bytes())} | ({} if isinstance(entry.classes, tuple) else {"classes": data.classes})
+            record |= {"sha256": _file_sha256(new / "arrays.npz")} | ({} if isinstance(entry.classes, tuple) else {"classes": data.classes})
             (new / "arrays.json").write_text(json.dumps(record, indent=1))
             os.rename(new, folder / "prepared")
     except (OSError, RuntimeError) as e:  # array_record reports a full disk as a RuntimeError
@@ -483,8 +486,7 @@ def _read_prepared(entry, folder, stream):
     "The arrays in `folder`, images left on disk if streamed, and the record of where they come from; `InputError` if anything changed since they were written."
     try:
         record, arrays = json.loads((folder / "arrays.json").read_text()), folder / "arrays.npz"
-        with open(arrays, "rb") as file: found = hashlib.file_digest(file, "sha256").hexdigest()
-        if record["sha256"] != found: raise ValueError("arrays.npz has another checksum")
+        if record["sha256"] != _file_sha256(arrays): raise ValueError("arrays.npz has another checksum")
         source = {"prepared_sha256": record.pop("sha256"), "verified": True} | record
         if source["files"] != entry.files and (source["verified"] or not entry.unpacked): raise ValueError("it was made from other files")
         classes = {} if isinstance(entry.classes, tuple) else {"classes": tuple(source.pop("classes"))}
