@@ -161,7 +161,7 @@ class Evaluate:
 class RunReport:
     "Compare finished runs: a Markdown table with seeds together and twins beside."
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN", help="Runs' folders; a twin inside is found.")]]
-    figure: Annotated[Path | None, arg(metavar="FILE", help="Draw accuracy by epoch into this PNG, PDF or SVG file.")] = None
+    figure: Annotated[Path | None, arg(metavar="FILE", help="Draw accuracy, cosine and residual by epoch into this PNG, PDF or SVG file.")] = None
 
     def __call__(self):
         "Print the table. Raises `InputError` for a folder that is not a finished run, or another kind of file."

@@ -850,20 +850,27 @@ def report(
 def report_figure(
     folders: list[Path], # of finished runs
 ): # a matplotlib figure
-    "Accuracy by epoch, mean over seeds with a band from the lowest to the highest, twins dotted. Needs matplotlib; raises `InputError` as `report`."
+    "By epoch: accuracy, with twins dotted; how far the learning gradient is from backpropagation's, by the mean cosine over layers; and the relative residual of inference. Means over seeds with a band from the lowest to the highest. Needs matplotlib; raises `InputError` as `report`."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 3.5 + 0.3 * len(_pairs(folders))), layout="constrained")
-    ax = figure.subplots()
-    for i, ((name, rule, recipe), runs, twins) in enumerate(_pairs(folders)):
+    pairs = _pairs(folders)
+    measures = {"top-1 accuracy (%); twins dotted": lambda m: 100 * m["test_top1"], "1 - cosine to backpropagation": lambda m: 1 - np.mean(m["cosine"]), "relative residual": lambda m: m["relative_residual"]}
+    if all(rule == "backprop" for (_, rule, _), *_ in pairs): measures = dict([*measures.items()][:1])  # the others are of inference
+    figure = Figure(figsize=(4 * len(measures), 3 + 0.25 * len(pairs)), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for i, ((name, rule, recipe), runs, twins) in enumerate(pairs):
         changed = _changed(name, rule, recipe)
-        for group, style, label in ((runs, "-", f"{name}, {rule}" + (f" ({changed})" if changed != "-" else "")), (twins, ":", None)):
+        label = "\n".join(textwrap.wrap(f"{name}, {rule}" + (f" ({changed})" if changed != "-" else ""), 140))
+        for group, style, label, infers in ((runs, "-", label, rule != "backprop"), (twins, ":", None, False)):
             if not group: continue
             epochs = min(len(m) for *_, m in group)
-            top1 = 100 * np.array([[line["test_top1"] for line in m[:epochs]] for *_, m in group])
-            ax.plot(range(1, epochs + 1), top1.mean(0), style, color=f"C{i}", label=label and "\n".join(textwrap.wrap(label, 70)), marker="o", ms=3)
-            ax.fill_between(range(1, epochs + 1), top1.min(0), top1.max(0), color=f"C{i}", alpha=0.2, lw=0)
-    ax.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Accuracy by epoch; twins dotted")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+            for ax, measure in zip(axes if infers else axes[:1], measures.values()):
+                values = np.array([[measure(line) for line in m[:epochs]] for *_, m in group])
+                ax.plot(range(1, epochs + 1), values.mean(0), style, color=f"C{i}", label=label if ax is axes[0] else None, marker="o", ms=2)
+                ax.fill_between(range(1, epochs + 1), values.min(0), values.max(0), color=f"C{i}", alpha=0.2, lw=0)
+    for ax, title in zip(axes, measures):
+        ax.set(xlabel="epoch", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if ax is not axes[0]: ax.set_yscale("log", nonpositive="mask")
     figure.legend(loc="outside lower center", fontsize=7)
     return figure
 

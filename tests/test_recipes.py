@@ -424,7 +424,7 @@ def record(folder, rule="pc", seed=0, top1=0.9, epochs=2, device="cpu", **change
     recipe = replace(RECIPES["cifar10-vgg5"], **changed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(recipe="cifar10-vgg5", settings=to_json(recipe), rule=rule, seed=seed)))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e + 1, "loss": 1.0, "test_top1": top1 * (e + 1) / epochs}) + "\n" for e in range(epochs)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": e + 1, "loss": 1.0, "test_top1": top1 * (e + 1) / epochs, "cosine": [0.6 - seed / 10, 1.0], "relative_residual": 0.25}) + "\n" for e in range(epochs)))
     (folder / "summary.json").write_text(json.dumps(dict(test_top1=top1, test_top5=1.0, seconds_per_epoch=10.0 * (rule == "pc") + 5, energy_ratio=0.5, relative_residual=0.25, cosine_to_backprop={"mean": 0.75},
                                                          passes=6.0 * (rule == "pc"), device=device)))
     return folder
@@ -445,8 +445,9 @@ def test_report_puts_seeds_together_and_twins_beside(tmp_path, capsys):
     assert (tmp_path / "curves.png").stat().st_size > 1000
     main(["report", str(twin)])
     assert "| backprop | - | 1 | 97.00 | 100.00 | - | - | - | - | - | - | TPU | 5.0 | - |" in capsys.readouterr().out
-    lines = report_figure([*runs, twin]).axes[0].lines
-    np.testing.assert_allclose([line.get_ydata() for line in lines], [[46, 92], [48, 96]], rtol=1e-6)
+    shown = [[line.get_ydata() for line in ax.lines] for ax in report_figure([*runs, twin]).axes]
+    for got, want in zip(shown, ([[46, 92], [48, 96]], [[0.25, 0.25]], [[0.25, 0.25]]), strict=True): np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert len(report_figure([twin]).axes) == 1  # nothing of inference
 
 
 def test_report_refuses(tmp_path, capsys):
