@@ -48,7 +48,7 @@ def _check_part(part, images, labels, n_classes):
 
 # %% ../nbs/07_data.ipynb 8
 class Records:
-    """Images on disk, read when they are asked for: in place of an array in a `Dataset` that does not fit in memory. Made by `load(..., stream=True)`.
+    """Images on disk, read when they are asked for: in place of an array in a `Dataset` that does not fit in memory beside the network. Made by `load(..., stream=True)`.
 
     Indexed by a number, a slice or numbers, it gives the images as an array; `select` chooses among them, unread. Raises `InputError` for images that are not uint8."""
     def __init__(self,

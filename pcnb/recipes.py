@@ -20,6 +20,7 @@ import subprocess
 import textwrap
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -577,26 +578,32 @@ def _begun(out):
 def _nothing_to_lose(out):
     "Whether a folder holds a run that was stopped in its first epoch, and nothing else."
     there = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    return "config.json" in there and all(name in ("config.json", "layers.jsonl", "scale.eqx") or name.endswith(".part") for name in there) and _is_run(out)
+    left = {name for name in there if not (name.startswith(".") and name.endswith(".part"))}
+    if "scale.eqx" in left and "metrics.jsonl" in left and len(read_metrics(out / "metrics.jsonl")) <= 1: left -= {"metrics.jsonl"}  # stopped as it wrote its first checkpoint
+    return "config.json" in left <= {"config.json", "layers.jsonl", "scale.eqx"} and _is_run(out)
 
 def _is_run(out): return {"recipe", "settings", "rule"} <= _read_json(out / "config.json").keys()
 
+@contextmanager
 def _lock(out):
-    "A lock on a run's folder, held until it is closed or its process ends, so that no other process takes the run for a stopped one. Without effect where the system or the disk has no locks."
-    file = open(out / "config.json")
+    "A lock on a run's folder, so that no other process takes the run for a stopped one; it ends with the process. Without effect where the system or the disk has no locks."
+    if not fcntl:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)  # the folder itself, since its files are replaced
     try:
-        if fcntl: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{out} is being trained by another process; wait for it, stop it, or choose another folder.") from None
-    except OSError: pass
-    return file
+        try: fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise InputError(f"{out} is being trained by another process; wait for it, stop it, or choose another folder.") from None
+        except OSError: pass
+        yield
+    finally: os.close(folder)
 
 def _claim(out, config, overwrite, resume):
     "Make the run's folder ready, or say why not; returns whether there is a run in it to go on with."
     if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file; choose a folder for the run.")
     for p in (out, out / "twin"):
-        if (p / "config.json").exists(): _lock(p).close()
+        if (p / "config.json").exists():
+            with _lock(p): pass
     used = out.is_dir() and any(out.iterdir())
     overwrite = overwrite or _nothing_to_lose(out)
     if used and not (overwrite or resume): raise InputError(f"{out} is not empty; use --resume to go on, --overwrite to start anew, or another folder.")
@@ -612,7 +619,6 @@ def _claim(out, config, overwrite, resume):
         if changed: raise InputError(f"{out} was made with another {' and '.join(changed)}; resume with the same settings.")
         if _begun(out):
             if said := _other_data(old.get("data", {}), new["data"]): raise InputError(f"{out} {said}; resume with the same files.")
-            if not (out / "summary.json").exists(): _write_json(out / "config.json", _read_json(out / "config.json") | {"resumed": [*old.get("resumed", []), environment() | {"started": config["started"]}]})
             return True
     if used and not ((out / "config.json").exists() and _is_run(out)): raise InputError(f"{out} is not a run's folder; --overwrite replaces runs only.")
     try:
@@ -640,7 +646,7 @@ def train(
     resume: bool = False, # go on from the run in `out`
     progress: bool = True,
     record_every: int = 0, # batches between records of every layer, in layers.jsonl; 0: none
-    stream: bool = False, # read images from disk batch by batch, for a set that does not fit in memory; the run is the same
+    stream: bool = False, # read images from disk batch by batch, for a set that does not fit in memory beside the network; the run is the same
 ) -> dict: # the summary
     """Run a recipe and write its folder.
 
@@ -661,14 +667,15 @@ def train(
     optimiser, augment = recipe.optimiser.build(updates), recipe.augment.build(data, seed)
     if recipe.average: optimiser = optax.chain(optimiser, average_weights(recipe.average))
     if recipe.accumulate > 1: optimiser = optax.MultiSteps(optimiser, recipe.accumulate).gradient_transformation()
-    config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, record_every=record_every, data=data.source, **environment(), started=now())
+    where = environment() | {"started": now()}
+    config = dict(recipe=name, settings=to_json(recipe), rule=rule, seed=seed, record_every=record_every, data=data.source) | where
     if overwrite and (out / "config.json").exists(): _try(net, learning, augment, scale, data, recipe)
     resume = _claim(out, config, overwrite, resume)
     with _lock(out):
-        if resume: config, scale = _read_json(out / "config.json"), _saved(out, scale)
-        else: save_checkpoint(out / "scale.eqx", 0, scale)
         finished = resume and (out / "summary.json").exists()
         if finished and not (out / "checkpoint.eqx").exists(): return _read_json(out / "summary.json")
+        if resume: config, scale = _resumed(out, where, recipe.epochs), _saved(out, scale)
+        if not (finished or (out / "scale.eqx").exists()): save_checkpoint(out / "scale.eqx", 0, scale)
         recorder = _recorder(learning, data, scale, recipe, record_every, out, resume) if record_every else None
         try: run = fit(net, learning, optimiser, data, recipe.epochs, recipe.batch_size, augment=augment, scale=scale, label_smoothing=recipe.label_smoothing, seed=seed, folder=out,
                        resume=resume, callback=recorder, diagnose_examples=recipe.diagnose_examples, statistics_examples=recipe.statistics_examples, progress=progress)
@@ -707,6 +714,14 @@ def _try(net, learning, augment, scale, data, recipe):
         return learning.gradient(net, jax.vmap(scale)(changed.images), changed.targets)[0]
     eqx.filter_eval_shape(one, net, batch)
 
+def _resumed(out, where, epochs):
+    "The record of a run that goes on, with where it does so if there is something left to train; a place where it trained no epoch is left out."
+    config, done = _read_json(out / "config.json"), checkpoint_epoch(out / "checkpoint.eqx")
+    if done < epochs:
+        config["resumed"] = [*(r for r in config.get("resumed", []) if r["epoch"] < done), {"epoch": done} | where]
+        _write_json(out / "config.json", config)
+    return config
+
 def _saved(out, scale):
     "The scale that the network in a run's folder was trained with; `scale` if an earlier version of this library did not keep it."
     return load_checkpoint(out / "scale.eqx", scale)[1] if (out / "scale.eqx").exists() else scale
@@ -727,7 +742,7 @@ def _network(recipe, rule, data, scale, key):
 
 def _summary(config, recipe, run):
     last, layers = run.metrics[-1], [round(c, 6) for c in run.metrics[-1]["cosine"]]
-    at = lambda key: ", ".join(dict.fromkeys(str(c[key]) for c in (config, *config.get("resumed", []))))  # each once
+    at = lambda key: ", ".join(dict.fromkeys(c[key] for c in (config, *config.get("resumed", [])) if c[key] is not None)) or None  # each once
     return dict(recipe=config["recipe"], rule=config["rule"], seed=config["seed"], epochs=len(run.metrics), parameters=parameter_count((run.net.layers, run.net.skips)), decoder_parameters=parameter_count(run.net.decoders),
                 scored_on="validation" if recipe.validation else "test", test_top1=last["test_top1"], test_top5=last["test_top5"], train_top1=last["train_top1"],
                 seconds_per_epoch=float(np.median([m["seconds"] for m in run.metrics])), compile_seconds=run.compile_seconds,
@@ -841,7 +856,7 @@ def report(
         of, twin, silent = [s for _, s, _ in runs], [s for _, s, _ in twins], rule == "backprop"
         what = " ".join([type(recipe.inference).__name__.removesuffix("Setting"), *map(str, dataclasses.astuple(recipe.inference))])
         figures = [_spread([s["cosine_to_backprop"]["mean"] for s in of], 3), *(_spread([s[k] for s in of], 3) for k in ("energy_ratio", "relative_residual")), _spread([s["passes"] for s in of], 1)]
-        devices, others = (", ".join(sorted({s["device"] for s in v})) for v in (of, twin))
+        devices, others = (", ".join(sorted({d for s in v for d in s["device"].split(", ")})) for v in (of, twin))
         rows.append([name, _changed(name, rule, recipe), rule, "-" if silent else what, str(len(of)), *(_spread([100 * s[k] for s in of], 2) for k in ("test_top1", "test_top5")),
                      *(_spread([100 * s[k] for s in twin], 2) for k in ("test_top1", "test_top5")), *(["-"] * 4 if silent else figures),
                      devices + (f"; twin {others}" if twin and others != devices else ""), *(_spread([s["seconds_per_epoch"] for s in v], 1) for v in (of, twin))])

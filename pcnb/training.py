@@ -276,6 +276,7 @@ def fit(
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
     _check_fit(net, data, scale, epochs, batch_size, label_smoothing, diagnose_examples, statistics_examples)
+    batch_size = int(batch_size)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None and not resume and (Path(folder) / "checkpoint.eqx").exists(): raise InputError(f"{folder} holds a run; use resume=True to go on with it, or another folder.")
     n, streamed = len(data.train_labels), isinstance(data.train_images, Records)

@@ -299,27 +299,49 @@ def test_stopped_run_goes_on_to_the_same_end(run, tmp_path, refuse, printed, mon
     assert timeless(summary(out)) == timeless(summary(run))
     assert (out / "weights.eqx").read_bytes() == (run / "weights.eqx").read_bytes()
     once, (again,) = json.loads((run / "config.json").read_text()), json.loads((out / "config.json").read_text())["resumed"]
-    assert "resumed" not in once and again == {k: once[k] for k in again} | {"started": again["started"]} and {"device", "commit", "versions", "matmul_precision"} < again.keys()
+    assert "resumed" not in once and again == {k: once[k] for k in again.keys() - {"epoch"}} | {"epoch": 1, "started": again["started"]} and {"device", "commit", "versions", "matmul_precision"} < again.keys()
 
 
-def test_a_run_that_went_on_elsewhere_says_so(run, tmp_path, printed, monkeypatch):
-    "In the record of the run and in the table; a finished run is not marked by being asked for again."
-    out, here = copy(run, tmp_path / "run"), pcnb.recipes.environment
-    (out / "summary.json").unlink()
-    monkeypatch.setattr(pcnb.recipes, "environment", lambda: here() | {"device": "TPU", "commit": "abc"})
-    for _ in range(2): printed(*TINY, "--out", out, "--resume")
-    config = json.loads((out / "config.json").read_text())
-    assert len(config["resumed"]) == 1 and summary(out)["device"] == "cpu, TPU" and summary(out)["commit"] == f"{config['commit']}, abc"
+def test_a_run_that_went_on_elsewhere_says_so(run, tmp_path, printed, refuse, monkeypatch):
+    "In its record and its summary, for each place in which it trained an epoch; a finished run is not marked by being asked for again."
+    argv, epoch, here = [*TINY, "--epochs", 3, "--out", tmp_path / "run"], pcnb.training._epoch, pcnb.recipes.environment
+    def go_on(at, stop, *how, **where):
+        def stopped(*args):
+            if f"epoch {stop}/3" in [a for a in args if isinstance(a, str)]: raise KeyboardInterrupt
+            return epoch(*args)
+        with monkeypatch.context() as m:
+            m.setattr(pcnb.recipes, "environment", lambda: here() | where)
+            m.setattr(pcnb.training, "_epoch", stopped)
+            printed(*argv, *how) if stop == 4 else refuse(*argv, *how, code=130)
+    go_on(1, 2, commit=None)
+    go_on(2, 2, "--resume", device="abacus")  # where it trains nothing
+    go_on(2, 3, "--resume", device="TPU", commit="abc")
+    for _ in range(2): go_on(3, 4, "--resume", commit="abc")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert [(r["epoch"], r["device"]) for r in config["resumed"]] == [(1, "TPU"), (2, "cpu")]
+    assert summary(tmp_path / "run")["device"] == "cpu, TPU" and summary(tmp_path / "run")["commit"] == "abc"
 
 
-@pytest.mark.parametrize("left", [[".checkpoint.eqx.part"], [".metrics.jsonl.part", "scale.eqx"]])
-def test_a_run_killed_as_it_wrote_its_first_epoch_begins_anew(left, run, tmp_path, printed):
+@pytest.mark.parametrize("left", [["metrics.jsonl", "scale.eqx", ".checkpoint.eqx.part"], ["metrics.jsonl", "scale.eqx"], [".metrics.jsonl.part", "scale.eqx"]])
+def test_a_run_stopped_as_it_wrote_its_first_epoch_begins_anew(left, run, tmp_path, printed, refuse):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_bytes((run / "config.json").read_bytes())
-    for name in left: (out / name).write_bytes(b"half")
+    for name in left: (out / name).write_bytes((run / "metrics.jsonl").read_bytes().splitlines(keepends=True)[0] if name == "metrics.jsonl" else b"half")
+    (out / "notes.part").write_text("mine")
+    assert "--overwrite" in refuse(*TINY, "--out", out)  # with something of the user's in it
+    (out / "notes.part").unlink()
     printed(*TINY, "--out", out, "--resume")
     assert sorted(p.name for p in out.iterdir()) == WHAT
+
+
+def test_two_processes_do_not_go_on_with_one_run(run, tmp_path, refuse):
+    "Also after the first has written where it goes on."
+    out = copy(run, tmp_path / "run")
+    (out / "summary.json").unlink()
+    with pcnb.recipes._lock(out):
+        pcnb.recipes._write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"resumed": []})
+        assert "is being trained by another process" in refuse(*TINY, "--out", out, "--resume")
 
 
 def test_lost_weights_come_back_from_the_checkpoint(run, tmp_path, printed, refuse):
@@ -376,7 +398,7 @@ def test_damaged_records_are_named(run, tmp_path, refuse):
 def test_the_table_tells_a_rise_of_the_energy_from_rounding(run):
     s = summary(run)
     table = lambda **changed: pcnb.cli._table({run: s | changed})
-    assert "raised the energy" in table(energy_ratio=1.01) and "raised the energy" not in table(energy_ratio=1 + 2**-9)
+    for ratio, residual, told in ((1.01, 0.1, True), (1.0004, 3.7, True), (1.0004, 0.07, False), (0.9, 1.3, False)): assert ("raised the energy" in table(energy_ratio=ratio, relative_residual=residual)) == told
     assert table(test_top1_flip=0.4321).splitlines()[3].split() == ["with", "the", "mirror", "image", "(%)", "43.21"] and "mirror" not in table()
 
 

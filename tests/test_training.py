@@ -16,6 +16,7 @@ from hypothesis import given
 import pcnb.training
 from pcnb.augmentation import Affine, AlternatingFlip, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift
 from pcnb.data import Dataset, Records, Scale
+from pcnb.diagnostics import Recorder, read_records
 from pcnb.energy import CrossEntropy, ForwardEnergy, SquaredError
 from pcnb.inference import GaussNewton, GradientDescent
 from pcnb.learning import AbstractRule, Backprop, PredictiveCoding, Report
@@ -415,8 +416,15 @@ def test_bad_input_is_refused_before_any_work(data, tmp_path):
 
 
 def test_a_run_of_more_epochs_is_not_taken_for_one_of_fewer(data, tmp_path):
-    seen(data, 2, np.int64(5), folder=tmp_path)
+    seen(data, 2, folder=tmp_path)
     with pytest.raises(InputError, match="has 2 epochs, and epochs is 1"): seen(data, 1, folder=tmp_path, resume=True)
+
+
+def test_a_number_of_numpys_is_a_batch_size(data, tmp_path):
+    net = mlp((2, 2, 1), CLASSES, width=3, depth=2, key=jax.random.key(0))
+    recorder = Recorder(Backprop(), jnp.zeros((1, 2, 2, 1)), jnp.eye(CLASSES)[:1], 2, tmp_path / "layers.jsonl")
+    fit(net, Backprop(), optax.sgd(0.1), data, 1, np.int64(5), callback=recorder, progress=False)
+    assert [r["step"] for r in read_records(tmp_path / "layers.jsonl")] == [1, 2, 4]
 
 
 def test_an_optimiser_may_keep_the_first_weights(data):
