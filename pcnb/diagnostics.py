@@ -10,7 +10,6 @@ __all__ = ['LAYER_QUANTITIES', 'sensitivity', 'Diagnosis', 'diagnose', 'replacin
 import json
 import os
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 import equinox as eqx
@@ -20,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from .network import InputError, PCNetwork, freeze
 from .lalr import _size
-from .learning import AbstractRule, Backprop, IncrementalPC, PredictiveCoding, layer_cosines
+from .learning import AbstractRule, Backprop, layer_cosines
 
 # %% ../nbs/09_diagnostics.ipynb 7
 def sensitivity(
@@ -70,7 +69,6 @@ def diagnose(
         silent, one = jnp.zeros(net.depth), jnp.ones(())
         out = jnp.mean(jax.vmap(loss)(jax.vmap(frozen)(x), y))
         return Diagnosis(layer_cosines(gradient, twin), silent.at[-1].set(out), silent[1:], silent[1:], norms, one, one, jnp.zeros(()), look)
-    if isinstance(rule, IncrementalPC): rule = PredictiveCoding(rule.energy, replace(rule.inference, wavefront=False, tolerance=0.0))
     found = rule.infer(net, x, y)
     size = lambda vs: jnp.stack([jnp.mean(jnp.linalg.norm(v.reshape(len(x), -1), axis=1)) for v in vs]) if vs else jnp.zeros(0)
     errors, change = size(found.states.eps), size([a - b for a, b in zip(found.states.hidden, found.ref.hidden)])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 from .network import BATCH, InputError, PCNetwork, States, live
@@ -90,7 +91,7 @@ def infer(
 def _inferred(problem, algorithm):
     s, passes = algorithm(problem)
     start, end = (_norm(problem.gradient(t.hidden, t.eps)) for t in (problem.ref, s))
-    return Inferred(s, problem.ref, problem.by_layer(s), problem.by_layer(problem.ref), end, _ratio(end, start), jnp.asarray(passes, jnp.float32))
+    return Inferred(s, problem.ref, problem.by_layer(s), problem.by_layer(problem.ref), end, jnp.where(start == 0, 0, end / jnp.where(start == 0, 1, start)), jnp.asarray(passes, jnp.float32))
 
 # %% ../nbs/02_inference.ipynb 14
 def _dot(a, b): return jnp.asarray(sum([jnp.vdot(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b))], 0.0))
@@ -105,6 +106,10 @@ def _ratio(a, b):
 
 def _check(**values):
     for name, v in values.items(): _check_weights(v, name)
+
+def _check_counts(**values):
+    for name, v in values.items():
+        if not isinstance(v, int | np.integer) or v < 0: raise InputError(f"{name} is {v}; expected a whole number >= 0.")
 
 # %% ../nbs/02_inference.ipynb 16
 class BatchProblem(Problem):
@@ -182,7 +187,8 @@ class GradientDescent(AbstractInference):
     schedule: Callable | None = None                       # schedule(net, energy, t) -> the energy that step t = 1, 2, .. descends; None: the problem's
 
     def __check_init__(self):
-        _check(steps=self.steps, tolerance=self.tolerance)
+        _check_counts(steps=self.steps)
+        _check(tolerance=self.tolerance)
         if self.tolerance and self.schedule is not None: raise InputError("a tolerance needs an energy that stays; use steps=... with a schedule.")
 
     def __call__(self, problem):
@@ -233,7 +239,9 @@ class Sweep(AbstractInference):
     sweeps: int = 1     # how often
     rate: float = 1.0   # step size; 1 with held predictions gives backpropagation's errors (notebook 05), in deep networks the states need less
 
-    def __check_init__(self): _check(sweeps=self.sweeps, rate=self.rate)
+    def __check_init__(self):
+        _check_counts(sweeps=self.sweeps)
+        _check(rate=self.rate)
 
     def __call__(self, problem):
         hidden, _ = _repeat(lambda h: self._sweep(problem, h), problem.ref.hidden, self.sweeps)
@@ -254,7 +262,7 @@ class ErrorDescent(AbstractInference):
     steps: int = 8                                          # how often
     stepper: optax.GradientTransformation = optax.sgd(0.1)  # makes the step from the gradient
 
-    def __check_init__(self): _check(steps=self.steps)
+    def __check_init__(self): _check_counts(steps=self.steps)
 
     def __call__(self, problem):
         gradient = jax.grad(lambda eps: problem.total(problem.at_errors(eps)))
@@ -292,7 +300,7 @@ def _conjugate_gradients(J, Jt, H, b, steps):
         d, r, p, rr = c
         d, a, image = advance(d, p, rr)
         r = _axpy(-a, Jt(image), r)
-        rr, old = _dot(r, r), rr
+        rr, old = jnp.where(a > 0, _dot(r, r), 0), rr  # no curvature: it ends here
         return (d, r, _axpy(_ratio(rr, old), p, r), rr), None
     d = jax.tree.map(jnp.zeros_like, b)
     if steps:
@@ -331,7 +339,7 @@ def _conjugate_gradients_by_output(A, At, H, b, steps):
         part = At(u)
         image = A(part)
         r = a, u, a * Ab + image, unit[i]
-        new = jnp.maximum(a * a * bb + 2 * a * _dot(u, Ab) + _dot(u, image), 0)
+        new = jnp.where(t > 0, jnp.maximum(a * a * bb + 2 * a * _dot(u, Ab) + _dot(u, image), 0), 0)
         c = _ratio(new, rr)
         return (d, r, _axpy(c, p, r), new, new + c * c * pp), part
     p = (jnp.ones_like(bb), jnp.zeros_like(Ab), Ab, jnp.zeros(len(unit), bb.dtype))
@@ -348,7 +356,7 @@ class GaussNewton(AbstractInference):
     """Gauss-Newton in whitened error coordinates: `steps` linearisations, each solved by `cg_steps` conjugate-gradient iterations.
 
     A guard per example sees to it that the energy never rises (beyond its rounding). `exact` converges in fewer steps near the minimum, for
-    tolerances below about 1e-2. With `cg_steps=1` and one step the hidden errors are backpropagation's deltas times one scalar an example.
+    tolerances below about 1e-2. With `cg_steps=1` and one step the hidden errors are backpropagation's deltas over the precisions, times one scalar an example.
     Raises `InputError` for negative counts or tolerance, or precisions that are not positive.
     """
     steps: int = 2           # linearisations, at most
@@ -358,7 +366,9 @@ class GaussNewton(AbstractInference):
     backtracks: int = 8      # shorter steps tried before a step is given up
     rounding: float | None = None # relative error of the energy, about 2**-9 with convolutions in bfloat16; None: 8 units in the last place
 
-    def __check_init__(self): _check(steps=self.steps, cg_steps=self.cg_steps, tolerance=self.tolerance, backtracks=self.backtracks, rounding=self.rounding)
+    def __check_init__(self):
+        _check_counts(steps=self.steps, cg_steps=self.cg_steps, backtracks=self.backtracks)
+        _check(tolerance=self.tolerance, rounding=self.rounding)
 
     def __call__(self, problem):
         carry = (problem.ref, problem.total(problem.ref), jnp.zeros(()))
@@ -426,8 +436,9 @@ class LBFGS(AbstractInference):
     rounding: float | None = None # as of `GaussNewton`
 
     def __check_init__(self):
-        _check(steps=self.steps, tolerance=self.tolerance, backtracks=self.backtracks, rounding=self.rounding)
-        if not self.memory >= 1: raise InputError(f"memory is {self.memory}; expected at least 1.")
+        _check_counts(steps=self.steps, memory=self.memory, backtracks=self.backtracks)
+        _check(tolerance=self.tolerance, rounding=self.rounding)
+        if self.memory < 1: raise InputError(f"memory is {self.memory}; expected at least 1.")
 
     def __call__(self, problem):
         if not (self.steps and problem.ref.eps): return problem.ref, 0.0
@@ -446,7 +457,7 @@ class LBFGS(AbstractInference):
         def step(carry, last=False):
             (z, s, g, res), e, kept, passes = carry
             d, kept = memory.update(g, kept, z)
-            alone = (kept.count == 1) | ~(_dot(d, g) > 0)
+            alone = (kept.weights_memory == 0).all() | ~(_dot(d, g) > 0)  # nothing is kept before a step that moved
             d = jax.tree.map(lambda a, b: -jnp.where(alone, length * b, a), d, g)
             # no step follows the last one that would need its gradient
             end = lambda z: (lambda s: ((z, s, g, res), problem.total(s)))(at(z))

@@ -74,12 +74,12 @@ def lalr(
     return optax.GradientTransformation(init, update)
 
 def clip_layers(
-    limit: float, # largest norm of a layer's gradient, above 0
+    limit: float, # largest norm of a layer's gradient, above 0, finite
 ) -> optax.GradientTransformation:
-    """Shorten each layer's gradient to a norm of at most `limit`; a shorter one is left as it is. Raises `InputError` for a limit that is not above 0.
+    """Shorten each layer's gradient to a norm of at most `limit`; a shorter one is left as it is. Raises `InputError` for another limit.
 
     Source: Pascanu, Mikolov and Bengio, 2013, arXiv 1211.5063, algorithm 1, here by layer."""
-    if isinstance(limit, int | float) and not limit > 0: raise InputError(f"limit is {limit}; expected a number above 0.")
+    if isinstance(limit, int | float) and not 0 < limit < float("inf"): raise InputError(f"limit is {limit}; expected a finite number above 0.")
 
     def update(updates, state, params=None):
         leaves, tree = jax.tree.flatten(updates)

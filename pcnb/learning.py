@@ -31,13 +31,14 @@ class Report(NamedTuple):
 class AbstractRule(eqx.Module):
     "A learning rule: one update of a network from a batch."
     @abstractmethod
-    def update(self, net: PCNetwork, optimiser: optax.GradientTransformation, state: PyTree,
-               x: Float[Array, "batch ..."], y: Float[Array, "batch classes"]) -> tuple[PCNetwork, PyTree, Report]:
-        "The network and optimiser state after one batch, and what was seen of it."
-
-    @abstractmethod
     def gradient(self, net: PCNetwork, x: Float[Array, "batch ..."], y: Float[Array, "batch classes"]) -> tuple[PyTree, Report]:
         "The learning gradient, mean over the batch, as a network-shaped pytree; and the report."
+
+    def update(self, net: PCNetwork, optimiser: optax.GradientTransformation, state: PyTree,
+               x: Float[Array, "batch ..."], y: Float[Array, "batch classes"]) -> tuple[PCNetwork, PyTree, Report]:
+        "The network and optimiser state after one batch, and what was seen of it: a step of the optimiser along the learning gradient, where a rule says nothing else."
+        gradient, report = self.gradient(net, x, y)
+        return *_apply(net, optimiser, state, gradient, report.statistics), report
 
 # %% ../nbs/05_learning.ipynb 9
 def _apply(net, optimiser, state, gradient, batch):
@@ -57,10 +58,6 @@ class Backprop(AbstractRule):
             return jnp.mean(jax.vmap(self.loss)(out, y)), out
         (loss, out), gradient = eqx.filter_value_and_grad(mean_loss, has_aux=True)(net)
         return gradient, Report(out, loss, loss, statistics(freeze(net, x)))
-
-    def update(self, net, optimiser, state, x, y):
-        gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient, report.statistics), report
 
 # %% ../nbs/05_learning.ipynb 13
 class PredictiveCoding(AbstractRule):
@@ -85,10 +82,6 @@ class PredictiveCoding(AbstractRule):
         out, loss = found.ref.x[-1], jnp.mean(jax.vmap(self.energy.loss)(found.ref.x[-1], y))
         return _learning_gradient(self.energy, net, states, y, found.ref), Report(out, loss, jnp.mean(found.energy.sum(-1)), statistics(freeze(net, x)))
 
-    def update(self, net, optimiser, state, x, y):
-        gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient, report.statistics), report
-
 # %% ../nbs/05_learning.ipynb 14
 def _learning_gradient(energy, net, states, y, ref):
     "Gradient in the weights of the mean over the batch, at these states."
@@ -103,17 +96,17 @@ def _hold(found):
 def _unit(v):
     "The vector over its largest entry, whose squares neither overflow nor underflow."
     top = jnp.max(jnp.abs(v), initial=0)
-    return v / jnp.where(top > 0, top, 1)
+    return v / jnp.where(top == 0, 1, top)
 
 def layer_cosines(
     a: PyTree, # a gradient shaped like a network
     b: PyTree, # another
-) -> Float[Array, "L"]: # between -1 and 1; 0 where either gradient is 0
+) -> Float[Array, "L"]: # between -1 and 1; 0 where either gradient is 0, NaN where one is not finite
     "The cosine of two gradients, layer by layer (weights and biases of a layer together)."
     def cosine(u, v):
         u, v = (_unit(jnp.concatenate([jnp.zeros(0), *(p.ravel() for p in jax.tree.leaves(eqx.filter(t, eqx.is_inexact_array)))])) for t in (u, v))
         size = jnp.linalg.norm(u) * jnp.linalg.norm(v)
-        return jnp.where(size > 0, u @ v / jnp.where(size > 0, size, 1), 0.0)
+        return jnp.where(size == 0, 0.0, u @ v / jnp.where(size == 0, 1, size))
     return jnp.stack([cosine(u, v) for u, v in zip(a.layers, b.layers)])
 
 # %% ../nbs/05_learning.ipynb 31
@@ -130,9 +123,15 @@ class IncrementalPC(AbstractRule):
         if self.inference.steps < 1: raise InputError(f"steps is {self.inference.steps}; incremental predictive coding needs at least 1.")
         if self.inference.schedule is not None: raise InputError("incremental predictive coding takes no schedule of the energy; its weights move at every step.")
 
+    def _still(self): return PredictiveCoding(self.energy, replace(self.inference, wavefront=False, tolerance=0.0))
+
+    def infer(self, net: PCNetwork, x: Array, y: Array) -> Inferred: # every field with a batch axis
+        "Inference of a batch, example by example, by the steps of a batch with weights that do not move."
+        return self._still().infer(net, x, y)
+
     def gradient(self, net, x, y):
         "The gradient of the last weight step of a batch, as if the earlier ones had not moved the weights."
-        return PredictiveCoding(self.energy, replace(self.inference, wavefront=False, tolerance=0.0)).gradient(net, x, y)
+        return self._still().gradient(net, x, y)
 
     def update(self, net, optimiser, state, x, y):
         frozen = freeze(net, x)
@@ -152,7 +151,7 @@ class IncrementalPC(AbstractRule):
             energy = jnp.mean(jax.vmap(lambda s, t, r: layer_energies(self.energy, net, s, t, r).sum())(s, y, ref))
             net, state = _apply(net, optimiser, state, gradient, batch)  # the batch's statistics stay
             return (eqx.filter(net, eqx.is_array), state, hidden, moving), energy
-        carry = (params, state, ref.hidden, jax.vmap(stepper.init)(ref.hidden))
+        carry = (params, state, ref.hidden, jax.vmap(stepper.init, axis_size=len(x))(ref.hidden))
         (params, state, _, _), energy = jax.lax.scan(step, carry, None, length=self.inference.steps)
         loss = jnp.mean(jax.vmap(self.energy.loss)(ref.x[-1], y))
         moved = [s.towards(new) for s, new in zip(statistics(net), batch)]

@@ -10,9 +10,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from .network import InputError, PCNetwork, with_statistics
-from .energy import ForwardEnergy
-from .learning import AbstractRule, PredictiveCoding, _apply
+from .network import InputError, PCNetwork, freeze
+from .energy import ForwardEnergy, _known
+from .learning import AbstractRule, PredictiveCoding
 
 # %% ../nbs/05c_log_determinant.ipynb 6
 def log_determinant(
@@ -20,7 +20,9 @@ def log_determinant(
     energy: ForwardEnergy, # its precisions
     x: Array, # one input
 ) -> Float[Array, ""]: # nats
-    "`1/2 log det(I / p_L + sum_l A_l A_l' / p_l)` at the feedforward state, A_l the Jacobian of the output in the errors of layer l. Costs as many passes as the output has entries."
+    "`1/2 log det(I / p_L + sum_l A_l A_l' / p_l)` at the feedforward state, A_l the Jacobian of the output in the errors of layer l: the output is Gaussian, as squared error has it. Costs as many passes as the output has entries. Raises `InputError` for a precision that is not positive."
+    for p in _known((*energy.precisions(net), energy.output_precision)):
+        if not p > 0: raise InputError(f"the log-determinant needs precisions > 0; got {p}.")
     ref = net.feedforward(x)
     by_layer = jax.jacrev(lambda eps: net.from_errors(x, eps).x[-1])(ref.eps) if ref.eps else []
     size = ref.x[-1].size
@@ -31,14 +33,19 @@ def log_determinant(
 class LogDeterminant(AbstractRule):
     """A rule's learning gradient plus a weight times that of `log_determinant`, mean over the first examples of the batch.
 
-    Backpropagates through the whole network: the term's gradient is not local. Costs about 6 passes an example and output entry. Raises `InputError` for an energy other than `ForwardEnergy`.
+    Backpropagates through the whole network: the term's gradient is not local. Costs about 6 passes an example and output entry. The default weight is derived for squared error; with another loss it is a choice.
+    Raises `InputError` for a rule other than `PredictiveCoding` with a `ForwardEnergy`, no examples, or a negative weight.
     """
     rule: PredictiveCoding = PredictiveCoding()   # with ForwardEnergy
     weight: float | None = None                   # None: twice the mean energy by the output's size
     examples: int = 8                             # that the term is taken of
 
     def __check_init__(self):
+        if not isinstance(self.rule, PredictiveCoding): raise InputError(f"the log-determinant is for PredictiveCoding; got {type(self.rule).__name__}.")
         if not isinstance(self.rule.energy, ForwardEnergy): raise InputError(f"the log-determinant is that of ForwardEnergy; got {type(self.rule.energy).__name__}.")
+        if self.examples < 1: raise InputError(f"examples is {self.examples}; expected at least 1.")
+        for w in _known(self.weight):
+            if not w >= 0: raise InputError(f"weight is {w}; expected a number >= 0, or None.")
 
     @property
     def energy(self): return self.rule.energy
@@ -47,10 +54,6 @@ class LogDeterminant(AbstractRule):
 
     def gradient(self, net, x, y):
         gradient, report = self.rule.gradient(net, x, y)
-        term = lambda n: jnp.mean(jax.vmap(lambda a: log_determinant(with_statistics(n, report.statistics), self.energy, a))(x[:self.examples]))
+        term = lambda n: (lambda frozen: jnp.mean(jax.vmap(lambda a: log_determinant(frozen, self.energy, a))(x[:self.examples])))(freeze(n, x))  # statistics move with the weights
         weight = 2 * report.energy / y.shape[-1] if self.weight is None else self.weight
         return jax.tree.map(lambda a, b: a + weight * b, gradient, eqx.filter_grad(term)(net)), report
-
-    def update(self, net, optimiser, state, x, y):
-        gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient, report.statistics), report

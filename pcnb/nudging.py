@@ -10,9 +10,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 from .network import InputError, PCNetwork
-from .energy import AbstractEnergy, ForwardEnergy
+from .energy import AbstractEnergy, ForwardEnergy, _known
 from .inference import AbstractInference, GaussNewton, Inferred
-from .learning import AbstractRule, PredictiveCoding, _apply
+from .learning import AbstractRule, PredictiveCoding
 
 # %% ../nbs/05b_nudging.ipynb 6
 class CentredPC(AbstractRule):
@@ -27,8 +27,8 @@ class CentredPC(AbstractRule):
     held: bool = False                                            # keep predictions at the feedforward state when learning
 
     def __check_init__(self):
-        p = self.energy.output_precision
-        if isinstance(p, int | float) and not p > 0: raise InputError(f"output_precision is {p}; centred nudging needs a number > 0.")
+        for p in _known(self.energy.output_precision):
+            if not p > 0: raise InputError(f"output_precision is {p}; centred nudging needs a number > 0.")
 
     def phase(self, sign: int) -> PredictiveCoding: # sign 1 or -1
         "Predictive coding with the output precision times `sign`."
@@ -42,7 +42,3 @@ class CentredPC(AbstractRule):
         (plus, report), (minus, _) = (self.phase(sign).gradient(net, x, y) for sign in (1, -1))
         gradient = jax.tree.map(lambda a, b: (a - b) / (2 * self.energy.output_precision), plus, minus)
         return eqx.tree_at(lambda n: n.decoders, gradient, plus.decoders, is_leaf=lambda v: v is None), report
-
-    def update(self, net, optimiser, state, x, y):
-        gradient, report = self.gradient(net, x, y)
-        return *_apply(net, optimiser, state, gradient, report.statistics), report

@@ -9,9 +9,9 @@ __all__ = ['arrivals', 'Spike']
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Int
-from .network import InputError, PCNetwork
+from .network import PCNetwork
 from .energy import AbstractEnergy, BidirectionalEnergy
-from .inference import wave
+from .inference import wave, _check
 
 # %% ../nbs/02b_schedules.ipynb 8
 def arrivals(
@@ -38,8 +38,7 @@ class Spike(eqx.Module):
     decay: float = 0.0   # of the rest, a step
 
     def __check_init__(self):
-        for name, v in (("peak", self.peak), ("rest", self.rest), ("decay", self.decay)):
-            if not v >= 0: raise InputError(f"{name} is {v}; expected a number >= 0.")
+        _check(peak=self.peak, rest=self.rest, decay=self.decay)
 
     def __call__(self, net: PCNetwork, energy: AbstractEnergy, t: int | Int[Array, ""]) -> AbstractEnergy: # with the precisions of step t
         at = arrivals(net)

@@ -135,7 +135,7 @@ def mupc(
 ) -> PCNetwork:
     """The network in Depth-muP: weights drawn anew from the standard normal, constants before each layer.
 
-    1/sqrt(D) for the first layer, of fan-in D, 1/sqrt(N) times `branch_gains` for a hidden one, of fan-in N, 1/N for the last.
+    1/sqrt(D) for the first layer, of fan-in D, and 1/sqrt(N) for a hidden one, of fan-in N, each times its `branch_gains`; 1/N for the last.
     Raises `InputError` for a layer without a two-dimensional `weight`. Source: Innocenti et al., 2025, arXiv 2505.13124, table 1.
     """
     def scaled(l, f, gain, k):

@@ -107,6 +107,15 @@ def test_gradient_is_orthogonal_to_the_filters_that_are_normalised(name):
     assert all((g == 0).all() for s in statistics(gradient) for g in (s.mean, s.variance))
 
 
+def test_the_log_determinant_does_not_see_the_size_of_filters_that_are_normalised():
+    "Its gradient is what a rule with it has more than the rule alone."
+    rule = RULES["pc"]
+    alone, both = (eqx.filter_jit(r.gradient)(NET, IMAGES, TARGETS)[0] for r in (rule, LogDeterminant(rule, weight=1.0, examples=3)))
+    for layer, a, b in zip(NET.layers[:3], alone.layers[:3], both.layers[:3]):
+        w, g = (np.asarray(v, np.float64).ravel() for v in (norm_of(layer).conv.weight, norm_of(b).conv.weight - norm_of(a).conv.weight))
+        assert np.linalg.norm(g) > 1e-3 and abs(w @ g) < 2e-3 * np.linalg.norm(w) * np.linalg.norm(g)
+
+
 def test_small_output_precision_gives_errors_through_frozen_statistics():
     "The limit: output errors carried back by the frozen network, and each layer's own gradient with live statistics."
     frozen = freeze(NET, IMAGES)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from pcnb.energy import BidirectionalEnergy, CrossEntropy, ForwardEnergy, SquaredError, Tied
-from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep, _truncated_newton, infer, wave
+from pcnb.inference import ErrorDescent, GaussNewton, GradientDescent, LBFGS, Sweep, _conjugate_gradients, _conjugate_gradients_by_output, _truncated_newton, infer, wave
 from pcnb.models import mlp
 from pcnb.network import InputError, PCNetwork, Skip
 
@@ -320,6 +320,39 @@ def test_newton_stops_at_negative_curvature(eigenvalues, kept, x64):
     np.testing.assert_allclose(_truncated_newton(lambda v: H @ v, jnp.asarray(b), 3), d if done else b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("curvatures", [(4.0, -3.0, 1.0), (-9.0, -9.0, -9.0), (4.0, 2.0, 1.0)], ids=["on the way", "at once", "never"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 10])
+def test_conjugate_gradients_end_where_curvature_does(curvatures, steps, x64):
+    "Both forms, in NumPy: iterations up to the first direction without positive curvature, as in the negative phase of centred nudging."
+    rng = np.random.default_rng(1)
+    A, h, b = rng.normal(size=(3, 6)), np.array(curvatures), rng.normal(size=6)
+    M = np.eye(6) + A.T @ (h[:, None] * A)
+    d, r, p, done = np.zeros(6), b, b, 0
+    for _ in range(steps):
+        if r @ r < 1e-24 or p @ M @ p <= 0: break
+        a = r @ r / (p @ M @ p)
+        d, new, done = d + a * p, r - a * M @ p, done + 1
+        r, p = new, new + new @ new / (r @ r) * p
+    assert done == 0 if h.max() < 0 else done == min(steps, 4) if h.min() > 0 else done < 4
+    plain = _conjugate_gradients(lambda v: (v, A @ v), lambda u: u[0] + A.T @ u[1], lambda v: h * v, jnp.asarray(b), steps)
+    by_output = _conjugate_gradients_by_output(lambda v: A @ v, lambda u: A.T @ u, lambda v: h * v, jnp.asarray(b), steps)
+    for got, gain in (plain, by_output):
+        np.testing.assert_allclose(got, d, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(gain, b @ d, rtol=1e-6, atol=1e-8)
+
+
+def test_lbfgs_stays_where_it_finds_no_minimum(small):
+    "A negative phase far beyond its threshold: the first step has no length, and the second is no longer."
+    net, _, x, y = small
+    got = infer(net, eqx.tree_at(lambda e: e.output_precision, ForwardEnergy(), -50.0), LBFGS(3), x[0], y[0])
+    for a, b in zip(got.states.hidden, got.ref.hidden, strict=True): np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_not_a_number_does_not_pass_for_converged(small):
+    net, _, x, y = small
+    assert jnp.isnan(infer(net, ForwardEnergy(), GaussNewton(1, 1), x[0] * jnp.nan, y[0]).relative_residual)
+
+
 def rising():
     "A network whose full Gauss-Newton step from rest raises the energy, with that step."
     for seed in range(200):
@@ -585,9 +618,10 @@ def test_one_layer_has_nothing_to_infer(algorithm):
 @pytest.mark.parametrize("make", [
     lambda: GradientDescent(-1), lambda: GradientDescent(tolerance=-1.0), lambda: GradientDescent(tolerance=float("nan")), lambda: Sweep(-1), lambda: Sweep(rate=-1.0),
     lambda: ErrorDescent(-1), lambda: GaussNewton(-1), lambda: GaussNewton(1, -1), lambda: GaussNewton(tolerance=-0.1), lambda: GaussNewton(backtracks=-1), lambda: GaussNewton(rounding=-1.0),
-    lambda: LBFGS(-1), lambda: LBFGS(tolerance=-0.1), lambda: LBFGS(backtracks=-1)])
-def test_negative_settings_are_refused(make):
-    with pytest.raises(InputError, match="expected a number >= 0"): make()
+    lambda: LBFGS(-1), lambda: LBFGS(tolerance=-0.1), lambda: LBFGS(backtracks=-1),
+    lambda: GradientDescent(2.5), lambda: Sweep(1.5), lambda: ErrorDescent(2.0), lambda: GaussNewton(1.5), lambda: GaussNewton(1, 2.0), lambda: LBFGS(memory=2.5)])
+def test_negative_settings_and_parts_of_a_step_are_refused(make):
+    with pytest.raises(InputError, match="expected a (whole )?number >= 0"): make()
 
 
 @pytest.mark.parametrize("precision", [(1.0, 0.0), np.array([1.0, 0.0], np.float32), jnp.zeros(()), np.int64(0)])

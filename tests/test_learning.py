@@ -271,3 +271,23 @@ def test_cosines_against_numpy(net):
     np.testing.assert_allclose(layer_cosines(a, b), want, atol=1e-6)
     np.testing.assert_allclose(layer_cosines(a, jax.tree.map(lambda v: -3 * v, a)), -np.ones(4), atol=1e-6)
     np.testing.assert_array_equal(layer_cosines(a, jax.tree.map(jnp.zeros_like, b)), np.zeros(4))
+
+
+@pytest.mark.parametrize("rule", [Backprop(), PredictiveCoding(), IncrementalPC()], ids=lambda r: type(r).__name__)
+def test_a_network_of_one_layer_learns_by_every_rule(rule, getkey):
+    "No hidden state: a gradient step on the loss, or as many as incremental predictive coding takes."
+    net, x, y, optimiser = mlp((5,), 3, depth=1, key=getkey()), jax.random.normal(getkey(), (4, 5)), jax.nn.one_hot(jnp.arange(4) % 3, 3), optax.sgd(0.1)
+    got, _, _ = eqx.filter_jit(rule.update)(net, optimiser, optimiser.init(eqx.filter(net, eqx.is_inexact_array)), x, y)
+    W, b = np.asarray(net.layers[0].weight, np.float64), np.asarray(net.layers[0].bias, np.float64)
+    for _ in range(rule.inference.steps if isinstance(rule, IncrementalPC) else 1):
+        e = np.asarray(x) @ W.T + b - np.asarray(y)
+        W, b = W - 0.1 * e.T @ np.asarray(x) / 4, b - 0.1 * e.mean(0)
+    np.testing.assert_allclose(got.layers[0].weight, W, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.layers[0].bias, b, rtol=1e-4, atol=1e-6)
+
+
+def test_cosines_of_what_is_not_a_number(getkey):
+    net = mlp((5,), 3, 4, 2, key=getkey())
+    broken = eqx.tree_at(lambda n: n.layers[0].weight, net, net.layers[0].weight * jnp.nan)
+    got = layer_cosines(broken, net)
+    assert jnp.isnan(got[0]) and abs(got[1] - 1) < 1e-5

@@ -160,6 +160,7 @@ def test_a_layers_gradient_is_shortened_to_its_limit(setting):
     np.testing.assert_allclose(first["weight"], np.full((2, 3), -0.1 * limit / 6 ** 0.5), rtol=1e-5)
     np.testing.assert_allclose(first["bias"], np.full(3, -0.1 * (3 ** -0.5 if setting.lalr else 1)), rtol=1e-5)
     with pytest.raises(InputError, match="clip is -1"): replace(setting, clip=-1.0).build(10)
+    with pytest.raises(InputError, match="limit is inf; expected a finite number"): replace(setting, clip=float("inf")).build(10)
 
 
 def test_lalr_before_muon_weighs_batches_and_nothing_else():

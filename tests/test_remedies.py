@@ -8,7 +8,7 @@ import pytest
 
 from pcnb.energy import ForwardEnergy
 from pcnb.inference import GaussNewton, Sweep
-from pcnb.learning import Backprop, PredictiveCoding
+from pcnb.learning import Backprop, IncrementalPC, PredictiveCoding
 from pcnb.log_determinant import LogDeterminant, log_determinant
 from pcnb.models import mlp
 from pcnb.network import InputError
@@ -39,6 +39,17 @@ def test_log_determinant_of_one_layer_is_that_of_the_output_precision(getkey):
     np.testing.assert_allclose(log_determinant(flat, ForwardEnergy(output_precision=0.2), x), -1.5 * np.log(0.2), rtol=1e-6)
 
 
+def test_log_determinants_that_cannot_be(net, getkey):
+    x = jax.random.normal(getkey(), (5,))
+    for energy in (ForwardEnergy(precision=(1.0, 0.0)), ForwardEnergy(output_precision=0.0)):
+        with pytest.raises(InputError, match="precisions > 0; got 0"): log_determinant(net, energy, x)
+    for how, said in ((dict(rule=IncrementalPC()), "for PredictiveCoding; got IncrementalPC"), (dict(rule=CentredPC()), "got CentredPC"), (dict(rule=Backprop()), "got Backprop"),
+                      (dict(examples=0), "examples is 0"), (dict(weight=-1.0), "weight is -1")):
+        with pytest.raises(InputError, match=said): LogDeterminant(**how)
+    for p in (0.0, np.float32(0), jnp.asarray(-1.0)):
+        with pytest.raises(InputError, match="centred nudging needs a number > 0"): CentredPC(ForwardEnergy(output_precision=p) if p >= 0 else eqx.tree_at(lambda e: e.output_precision, ForwardEnergy(), p))
+
+
 def test_spike_weights_by_step(net):
     energy = ForwardEnergy(precision=(2.0, 3.0), output_precision=0.5)
     assert arrivals(net) == (3, 2, 1)
@@ -47,6 +58,7 @@ def test_spike_weights_by_step(net):
         at = Spike(4.0, 0.1, 1.0)(net, energy, t)
         np.testing.assert_allclose([*at.precision, at.output_precision], own * factors, rtol=1e-6)
     with pytest.raises(InputError, match="rest is -1"): Spike(rest=-1)
+    with pytest.raises(InputError, match="peak is inf"): Spike(peak=float("inf"))
 
 
 def test_centred_nudging_with_held_predictions_is_backpropagation():
