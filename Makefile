@@ -62,11 +62,11 @@ clean: ## remove what was built, but neither .venv nor runs/
 # python3 comes first, so that an activated environment is respected.
 $(BIN)/python:
 	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
-	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "$$python -m venv .venv"; exec $$python -m venv .venv; \
 	  fi; \
 	done; \
-	echo "pcnb needs Python 3.11 or newer; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1)." >&2; \
+	echo "pcnb needs Python 3.11 or newer with venv (on Debian and Ubuntu the package python3-venv); $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1 | head -n 1)." >&2; \
 	echo "Name another one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1
 
 $(READY): settings.ini setup.py | $(BIN)/python

@@ -164,7 +164,7 @@ def check(peer, what, want, child, folder, tolerance):
 
 
 def checked(peer, what, given, want, python, way, tolerance=TOLERANCE):
-    "The process of one way to use a peer, what it says of itself, and its differences from pcnb. Raises `CheckFailed` if they are too large."
+    "The process of one way to use a peer, what it says of itself, and its differences from pcnb. Raises `CheckFailed` if they are too large, `InputError` if it computes on another kind of device."
     import jax
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -173,7 +173,8 @@ def checked(peer, what, given, want, python, way, tolerance=TOLERANCE):
         child = Child(python, peer.file, folder / "task.npz", way)
         start = child.ask("start", peer.name)
         if start["platform"] != jax.default_backend():
-            raise RuntimeError(f"{peer.name} runs on {start['platform']} and pcnb on {jax.default_backend()}; set JAX_PLATFORMS=cpu to compare both there.")
+            from pcnb.network import InputError
+            raise InputError(f"{peer.name} runs on {start['platform']} and pcnb on {jax.default_backend()}; set JAX_PLATFORMS=cpu to compare both there.")
         return child, start["versions"], check(peer, what, want, child, folder, tolerance)
 
 

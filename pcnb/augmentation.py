@@ -170,20 +170,21 @@ def _centre(key, shape):
     return jax.random.randint(key, (2,), 0, jnp.array(shape[:2]))
 
 class Cutout(eqx.Module):
-    "Fills a square at a random place; its centre is in the image. Use it before `Scale`, with the mean colour as `fill`. Reference: DeVries and Taylor 2017, arXiv:1708.04552."
+    "Fills a square at a random place; its centre is in the image. Use it before `Scale`, with the mean colour as `fill`. Raises `InputError` for a size below 1. Reference: DeVries and Taylor 2017, arXiv:1708.04552."
     size: int = eqx.field(static=True) # side of the square, pixels
     fill: tuple[float, ...] = eqx.field(static=True) # of each channel, in the unit of the raw image; one number for all
 
     def __init__(self, size, fill=(0.0,)):
         _whole("size", size, 1)
-        self.size, self.fill = int(size), tuple(float(f) for f in fill)
+        self.size, self.fill = int(size), tuple(np.atleast_1d(fill).astype(float).tolist())
 
     def __call__(self,
         image: Num[Array, "height width channels"],
         *,
         key: PRNGKeyArray,
     ) -> Num[Array, "height width channels"]: # same shape and dtype
-        "Hide a part of one image."
+        "Hide a part of one image. Raises `InputError` for colours of other channels."
+        if len(self.fill) not in (1, image.shape[-1]): raise InputError(f"`fill` (={self.fill}) must have one number, or one for each of the image's {image.shape[-1]} channels.")
         hidden = _box(image.shape, _centre(key, image.shape), (self.size, self.size))
         fill = jnp.array(self.fill)
         fill = fill if jnp.issubdtype(image.dtype, jnp.floating) else jnp.round(fill)

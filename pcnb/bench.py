@@ -76,7 +76,7 @@ def bench_images(
 # %% ../nbs/12_bench.ipynb 9
 _ALGORITHMS = {  # pattern of the name -> the algorithm and its passes over the inner layers, from the numbers in the name and the network
     r"gn(\d+)x(\d+)": lambda net, steps, k: (GaussNewton(steps, k), steps * (2 * k + 1)),
-    r"gd(\d+)": lambda net, steps: (GradientDescent(steps, optax.sgd(0.1)), sum(2 * sum(w <= t for w in wave(net)) for t in range(1, steps + 1)) / (net.depth - 1)),
+    r"gd(\d+)": lambda net, steps: (GradientDescent(steps, optax.sgd(0.1)), sum(2 * sum(w <= t for w in wave(net)) for t in range(1, steps + 1)) / max(net.depth - 1, 1)),
     r"ed(\d+)": lambda net, steps: (ErrorDescent(steps, optax.sgd(0.1)), 2 * steps),
     r"sweep(\d*)": lambda net, sweeps=1: (Sweep(sweeps), 2 * sweeps),
 }
@@ -95,7 +95,7 @@ def bench_rule(
     name: str, # backprop, or a name for `bench_inference`; with a b at its end: of the bidirectional energy, with a t: with tied backward predictions
     net: PCNetwork,
 ) -> tuple[AbstractRule, float]: # the rule, and the passes over inner layers between forward pass and weight gradient
-    "The rule of this name, with squared error and output precision 0.1, as in the recipes."
+    "The rule of this name, with squared error and output precision 0.1. Raises `InputError` for another name."
     if name == "backprop": return Backprop(), 1
     energy = {"b": BidirectionalEnergy, "t": partial(BidirectionalEnergy, backward=Tied())}.get(name[-1:], ForwardEnergy)
     try: algorithm, passes = bench_inference(name if energy is ForwardEnergy else name[:-1], net)
@@ -360,7 +360,7 @@ def _rows(cases, least, peak, opponents, repetitions, epoch_repetitions, progres
         flops = c.facts.get("flops")
         row = dict(network=cases[0].network, batch_size=batch, framework=framework, arithmetic=arithmetic, rule=name, **c.facts, step_seconds=spread(t), examples_per_second=batch / spread(t)["median"],
                    flops_per_second=flops and flops / spread(t)["median"], peak_fraction=flops and flops / spread(t)["median"] / peak,
-                   ratio=twin and paired(t, twin), bound=least[name] / least["backprop"], against_pcnb=paired(t, own), against_float32=full and paired(t, full))
+                   ratio=twin and paired(t, twin), bound=least[arithmetic, name] / least[arithmetic, "backprop"], against_pcnb=paired(t, own), against_float32=full and paired(t, full))
         if e := took.get((framework, arithmetic, name)):
             twin = took.get((framework, arithmetic, "backprop"))
             row |= dict(epoch_seconds=spread(e), epoch_ratio=twin and paired(e, twin), epoch_against_pcnb=paired(e, took["pcnb", arithmetic, name]))
@@ -402,11 +402,11 @@ def bench(
             net = forms[arithmetic[0]]
             rules = {r: bench_rule(r, net) for r in names}
             for batch in batch_sizes:
-                data, work = bench_images(net.shapes[0], max(epoch_examples, batch)), count_work(net, batch)
+                data, work = bench_images(net.shapes[0], max(epoch_examples, batch)), {a: count_work(f, batch) for a, f in forms.items()}
                 x = jax.vmap(Scale(*data.moments()))(jnp.asarray(data.train_images[:batch]))
                 y = jax.nn.one_hot(data.train_labels[:batch], 10)
                 cases = [Case(name, net, r, rule, x, y, data, Shift(2), a) for a, net in forms.items() for r, (rule, _) in rules.items()]
-                least = {r: work.least(passes) for r, (_, passes) in rules.items()}
+                least = {(a, r): work[a].least(passes) for a in forms for r, (_, passes) in rules.items()}
                 rows += _rows(cases, least, peak, opponents, repetitions, epoch_repetitions if epoch_examples else 0, progress)
         return dict(**environment(), taken=now(), peak_flops_per_second=peak, repetitions=repetitions, epoch_examples=epoch_examples, epoch_repetitions=epoch_repetitions, rows=rows)
 

@@ -102,9 +102,10 @@ def _transpose_w(g, x, w, *, arithmetic, back): return _kernel_gradient(*((g, x)
 ad.defbilinear(_conv, _transpose_x, _transpose_w)
 
 def _batched(args, axes, **how):
-    "Examples of one kernel are more images; a kernel for each example goes the general way."
+    "Examples of one kernel are more images; a kernel for each example is a convolution for each, rounded as one alone is."
     (x, w), (of_x, of_w) = args, axes
-    if of_w is not None: return jax.vmap(partial(_general, **how), (of_x, of_w))(x, w), 0
+    each = lambda f: jax.vmap(partial(f, **how), (of_x, of_w))
+    if of_w is not None: return jax.lax.platform_dependent(x, w, cpu=each(_on_cpu), default=each(_general)), 0
     x = jnp.moveaxis(x, of_x, 0)
     out = _conv.bind(x.reshape(-1, *x.shape[2:]), w, **how)
     return out.reshape(*x.shape[:2], *out.shape[1:]), 0

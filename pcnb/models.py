@@ -60,7 +60,7 @@ def max_pool(
     x: Float[Array, "h w c"],
     size: int, # of the square window, and its stride
 ) -> Float[Array, "h//size w//size c"]:
-    "Maximum over windows that do not overlap. Raises `InputError` for a window below 1, or larger than the image."
+    "Maximum over windows that do not overlap; an edge that does not fill a window is dropped. Raises `InputError` for a window below 1, or larger than the image."
     if size == 1: return x
     h, w = _covered(x, size)
     return jnp.stack([x[i:h:size, j:w:size] for i in range(size) for j in range(size)]).max(0) if size > 2 else jnp.maximum(
@@ -72,7 +72,7 @@ def avg_pool(
     size: int, # of the square window, and its stride
 ) -> Float[Array, "h//size w//size c"]:
     "Mean over windows that do not overlap; an edge that does not fill a window is dropped. Raises `InputError` for a window below 1, or larger than the image."
-    h, w = _covered(x, size)
+    (h, w), x = _covered(x, size), x.astype(jnp.result_type(x, 1.0))  # whole numbers would overflow
     return sum(x[i:h:size, j:w:size] for i in range(size) for j in range(size)) / size**2
 
 class MaxPool(eqx.Module):
@@ -305,7 +305,7 @@ class BatchNormConv(eqx.Module):
 # %% ../nbs/06_models.ipynb 45
 def _check_image(in_shape, **sizes):
     if len(in_shape) != 3: raise InputError(f"in_shape is {tuple(in_shape)}; a convolutional network takes (height, width, channels).")
-    _check_sizes(**sizes)
+    _check_sizes(**dict(zip(("height", "width", "channels"), in_shape)), **sizes)
 
 def _parts(*parts):
     "A layer of those parts that are there."
@@ -431,7 +431,8 @@ class PoolAndPad(eqx.Module):
         return jnp.pad(x, ((0, 0), (0, 0), (0, self.channels - x.shape[-1])))
 
 def pool_and_pad(src_shape: tuple[int, ...], dst_shape: tuple[int, ...], key: Array) -> Callable:
-    "The projection of a skip without weights; the identity where the shapes are equal. Raises `InputError` for fewer channels than there are."
+    "The projection of a skip without weights, between images; the identity where the shapes are equal. Raises `InputError` for other states, or fewer channels than there are."
+    if src_shape != dst_shape and not len(src_shape) == len(dst_shape) == 3: raise InputError(f"a skip from {src_shape} to {dst_shape} is not between images; project by zero_pad or learned_projection.")
     if dst_shape[-1] < src_shape[-1]: raise InputError(f"zeros cannot make {dst_shape[-1]} channels of {src_shape[-1]}; give a network that does not become narrower (a wideresnet has a width of at least 16), or project=learned_projection.")
     if src_shape == dst_shape: return eqx.nn.Identity()
     halvings = (2**i for i in range(src_shape[0].bit_length()))  # 15 pixels become 3 by windows of 4, not of 5

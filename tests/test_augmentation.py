@@ -211,6 +211,12 @@ def test_cutout_refuses_a_bad_size(size):
     with pytest.raises(InputError, match="size"): Cutout(size)
 
 
+def test_cutout_of_one_colour_and_of_too_few():
+    image, key = jnp.zeros((4, 4, 3), jnp.uint8), jax.random.key(0)
+    np.testing.assert_array_equal(Cutout(8, 128)(image, key=key), Cutout(8, (128, 128, 128))(image, key=key))
+    with pytest.raises(InputError, match="each of the image's 3 channels"): Cutout(8, (1, 2))(image, key=key)
+
+
 # ---- mixing
 
 @given(st.integers(0, 2**31), st.sampled_from([np.uint8, np.float32]))

@@ -118,3 +118,11 @@ def test_other_devices_take_the_general_form():
     text = {p: both.trace(x, w).lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
     assert text["cuda"].count("stablehlo.convolution") == 3 and "bf16" in text["cuda"] and "dot_general" not in text["cuda"]
     assert "stablehlo.convolution" not in text["cpu"] and "dot_general" in text["cpu"]
+
+
+@pytest.mark.parametrize("channels", [3, 32])
+def test_a_kernel_for_each_image_is_rounded_as_one_is(channels):
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.normal(size=(2, 6, 6, channels)), jnp.float32), jnp.asarray(rng.normal(size=(2, 3, 3, channels, 32)), jnp.float32)
+    many = jax.vmap(lambda x, w: conv(x, w, "bfloat16"))(x, w)
+    for got, a, b in zip(many, x, w): np.testing.assert_allclose(got, conv(a, b, "bfloat16"), rtol=1e-5, atol=1e-5)

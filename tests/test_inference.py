@@ -322,9 +322,10 @@ def test_newton_stops_at_negative_curvature(eigenvalues, kept, x64):
 
 @pytest.mark.parametrize("curvatures", [(4.0, -3.0, 1.0), (-9.0, -9.0, -9.0), (4.0, 2.0, 1.0)], ids=["on the way", "at once", "never"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10])
-def test_conjugate_gradients_end_where_curvature_does(curvatures, steps, x64):
+@pytest.mark.parametrize("seed", range(5))
+def test_conjugate_gradients_end_where_curvature_does(curvatures, steps, seed, x64):
     "Both forms, in NumPy: iterations up to the first direction without positive curvature, as in the negative phase of centred nudging."
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     A, h, b = rng.normal(size=(3, 6)), np.array(curvatures), rng.normal(size=6)
     M = np.eye(6) + A.T @ (h[:, None] * A)
     d, r, p, done = np.zeros(6), b, b, 0

@@ -173,6 +173,20 @@ def test_an_example_does_not_see_the_others(name):
     np.testing.assert_allclose(run(net, x)[0], run(net, x.at[1:].multiply(10.0))[0], rtol=1e-5, atol=1e-6)
 
 
+def test_means_of_bytes_do_not_overflow():
+    np.testing.assert_array_equal(AvgPool(2)(jnp.full((4, 4, 1), 200, jnp.uint8)), np.full((2, 2, 1), 200.0))
+
+
+@pytest.mark.parametrize("build", [lambda: vgg((0, 8, 3), 5, ((8,),), key=KEY), lambda: resnet18((8, 0, 3), 5, key=KEY), lambda: airnet((8, 8, 0), 5, (8,), key=KEY)])
+def test_images_of_no_size_are_refused(build):
+    with pytest.raises(InputError, match="(height|width|channels) is 0"): build()
+
+
+def test_pool_and_pad_is_for_images():
+    with pytest.raises(InputError, match=r"a skip from \(8,\) to \(16,\) is not between images"): pool_and_pad((8,), (16,), KEY)
+    assert pool_and_pad((8,), (8,), KEY)(jnp.ones(8)).shape == (8,)
+
+
 @given(st.sampled_from([(4, 6), (5, 7)]), st.sampled_from([1, 2, 3]), st.integers(0, 2**31))
 def test_pooling_is_that_of_numpy(side, size, seed):
     x = np.random.default_rng(seed).normal(size=(*side, 2)).astype(np.float32)
