@@ -92,15 +92,18 @@ def errors_and_gradients(case):
     return {what: jax.tree.leaves(v) for what, v in jax.jit(both)(case.x, case.y).items()}
 
 
+def described(name): return runpy.run_path(str(Path(__file__).with_name(f"{name}_peer.py")))["PEER"]
+
+
 def peer(name, way, inference, precision, data, scale, net):
     "A checked process of a peer, and its versions."
     x, y = jax.vmap(scale)(jnp.asarray(data.train_images[:BATCH])), jax.nn.one_hot(data.train_labels[:BATCH], 10)
     states = GradientDescent(inference.steps, inference.stepper)
     case = Case("mlp16", net, "descent", PredictiveCoding(energy(precision), states), x, y, data, Shift(0))
-    described, given, want = runpy.run_path(str(Path(__file__).with_name(f"{name}_peer.py")))["PEER"], peers.task(case, name), None
+    library, given, want = described(name), peers.task(case, name), None
     if type(inference) is ErrorDescent:  # targets as they are, for large ones send so many steps anywhere
         given, want = given._replace(errors=True, check_x=given.x, check_y=given.y), errors_and_gradients(replace(case, rule=PredictiveCoding(energy(precision), inference)))
-    return peers.checked(described, f"{describe(inference, precision)} on mlp16", given, want or peers.reference(case), peers.home(described), way, 1e-3)  # of states and gradients after 16 steps in float32
+    return peers.checked(library, f"{describe(inference, precision)} on mlp16", given, want or peers.reference(case), peers.home(library), way, 1e-3)  # of states and gradients after 16 steps in float32
 
 
 def describe(inference, precision):
@@ -145,7 +148,9 @@ def main(
     "How long each library takes to learn the digits."
     import json
     if out.exists() and not overwrite: raise SystemExit(f"{out} exists; use --overwrite to replace it, or another file.")
-    try: data = load("mnist", data_dir).validation(5000)
+    try:
+        data = load("mnist", data_dir).validation(5000)
+        for name in {name for name, *_ in THEIRS}: peers.home(described(name))  # which installs it, before anything is trained
     except InputError as e: raise SystemExit(str(e))
     scale, net = Scale(*data.moments()), bench_network("mlp16")
     steps = epochs * (len(data.train_labels) // BATCH)
