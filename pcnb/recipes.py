@@ -258,7 +258,7 @@ def _decayed(setting):
 
 def _layered(setting, optimiser):
     "The optimiser behind what its setting does to each layer's gradient first."
-    if not setting.clip >= 0: raise InputError(f"clip is {setting.clip}; expected a number above 0, or 0 for none.")
+    if not 0 <= setting.clip < np.inf: raise InputError(f"clip is {setting.clip}; expected a finite number above 0, or 0 for none.")
     first = ([clip_layers(setting.clip)] if setting.clip else []) + ([lalr()] if setting.lalr else [])
     return optax.chain(*first, optimiser) if first else optimiser
 

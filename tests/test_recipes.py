@@ -159,8 +159,8 @@ def test_a_layers_gradient_is_shortened_to_its_limit(setting):
     first, limit = steps(replace(setting, clip=2.0), 1), 1.0 if setting.lalr else 2.0
     np.testing.assert_allclose(first["weight"], np.full((2, 3), -0.1 * limit / 6 ** 0.5), rtol=1e-5)
     np.testing.assert_allclose(first["bias"], np.full(3, -0.1 * (3 ** -0.5 if setting.lalr else 1)), rtol=1e-5)
-    with pytest.raises(InputError, match="clip is -1"): replace(setting, clip=-1.0).build(10)
-    with pytest.raises(InputError, match="limit is inf; expected a finite number"): replace(setting, clip=float("inf")).build(10)
+    for clip in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=f"clip is {clip}; expected a finite number"): replace(setting, clip=clip).build(10)
 
 
 def test_lalr_before_muon_weighs_batches_and_nothing_else():
