@@ -45,9 +45,9 @@ from .log_determinant import LogDeterminant
 from .models import AvgPool, BatchNormConv, Chain, Conv, GroupNorm, MaxPool, StandardisedConv, activation, cnn, find_model, layer_norm, mlp
 from .decoders import with_decoders
 from .augmentation import Affine, AlternatingFlip, Batch, Compose, Crop, CutMix, Cutout, Flip, Mixup, Shift, augment_batch
-from .data import Dataset, Scale, load, whiten
-from .diagnostics import Recorder, layer_figures, replacing, run_figures
-from .training import Mirrored, Score, average_weights, checkpoint_epoch, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets, _check_fit
+from .data import Dataset, Scale, Whiten, load, whiten
+from .diagnostics import Recorder, layer_figures, run_figures, _replacing
+from .training import Mirrored, Score, average_weights, checkpoint_epoch, evaluate, fit, load_checkpoint, read_metrics, save_checkpoint, targets, _check_fit, _check_seed
 
 # %% ../nbs/10_recipes.ipynb 6
 Activation = Literal["gelu", "relu", "silu", "tanh"]
@@ -550,7 +550,7 @@ def environment() -> dict:
                 matmul_precision=jax.config.jax_default_matmul_precision, versions=_versions(), commit=_commit())
 
 def _write_json(path, values):
-    with replacing(path) as part: part.write_text(json.dumps(values, indent=1, default=lambda v: v.item()) + "\n")
+    with _replacing(path) as part: part.write_text(json.dumps(values, indent=1, default=lambda v: v.item()) + "\n")
 
 def _read_json(path):
     try: values = json.loads(path.read_text())
@@ -652,7 +652,7 @@ def train(
 
     Raises `InputError` for settings, data or a folder that will not do, or one in which another process trains; `Diverged` as `fit`. A run that is there is replaced only after all of them have been checked. A finished run that is resumed says what it said.
     """
-    if not 0 <= seed < 2**32: raise InputError(f"seed is {seed}; expected a number from 0 to 2**32 - 1.")
+    _check_seed(seed)
     out, learning, data = Path(out), build_rule(recipe, rule), _data(recipe, data_dir, stream)
     scale = _scale(recipe, data)
     net = _network(recipe, rule, data, scale, jax.random.key(seed))
@@ -723,8 +723,10 @@ def _resumed(out, where, epochs):
     return config
 
 def _saved(out, scale):
-    "The scale that the network in a run's folder was trained with; `scale` if an earlier version of this library did not keep it."
-    return load_checkpoint(out / "scale.eqx", scale)[1] if (out / "scale.eqx").exists() else scale
+    "The scale that the network in a run's folder was trained with; `scale`, with a warning where it can be another, if an earlier version of this library did not keep it."
+    if (out / "scale.eqx").exists(): return load_checkpoint(out / "scale.eqx", scale)[1]
+    if isinstance(scale, Whiten): warnings.warn(f"{out} has no scale.eqx, which an earlier version did not keep: the whitening of its images is computed anew, and on another machine can have other signs than the network was trained with.", stacklevel=3)
+    return scale
 
 def _scale(recipe, data):
     "What makes an image the network's input."

@@ -25,7 +25,7 @@ from .network import InputError, PCNetwork, Statistics, freeze, parameter_count,
 from .learning import AbstractRule, Backprop
 from .augmentation import Batch, augment_batch
 from .data import Dataset, Records, Scale, batches
-from .diagnostics import diagnose, replacing
+from .diagnostics import diagnose, _replacing
 
 # %% ../nbs/08_training.ipynb 9
 class Score(NamedTuple):
@@ -191,7 +191,7 @@ def save_checkpoint(
     tree: PyTree, # what to save, for example (network, optimiser state)
 ):
     "Write `tree`'s arrays and `epoch` to `path`; a crash leaves the previous file whole."
-    with replacing(path) as part, open(part, "wb") as f:
+    with _replacing(path) as part, open(part, "wb") as f:
         f.write(json.dumps({"epoch": epoch}).encode() + b"\n")
         eqx.tree_serialise_leaves(f, tree)
 
@@ -228,6 +228,9 @@ class Diverged(RuntimeError):
     "The loss stopped being finite."
 
 # %% ../nbs/08_training.ipynb 31
+def _check_seed(seed):
+    if not 0 <= seed < 2**32: raise InputError(f"seed is {seed}; expected a number from 0 to 2**32 - 1.")  # JAX takes others for one of these
+
 def _check_fit(net, data, scale, epochs, batch_size, smoothing, diagnosed, measured):
     "Raise `InputError` for what `fit` refuses before anything is made."
     if not 0 <= smoothing < 1: raise InputError(f"label_smoothing is {smoothing}; expected a number from 0 up to, but not including, 1.")
@@ -271,11 +274,12 @@ def fit(
 ) -> Run:
     """Train a network and score it on `data`'s test part after each epoch; with `average_weights` in the optimiser, score and return the mean.
 
-    The statistics of `statistics_examples`, or of all examples if there are fewer, are taken in whole batches; checkpoint, diagnostics and callback have the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, fewer than a resumed run has, or negative numbers of examples to look at, a batch larger than the data, a share outside [0, 1), a network without weights, or without statistics that are to be measured, or one that does not fit the data, fewer examples to measure than a batch has, a folder that holds a run, more steps a call than
+    The statistics of `statistics_examples`, or of all examples if there are fewer, are taken in whole batches; checkpoint, diagnostics and callback have the running ones. Warns after its first epoch if inference moves no state. Raises `InputError` for negative epochs, fewer than a resumed run has, or negative numbers of examples to look at, a seed outside [0, 2**32), a batch larger than the data, a share outside [0, 1), a network without weights, or without statistics that are to be measured, or one that does not fit the data, fewer examples to measure than a batch has, a folder that holds a run, more steps a call than
     a callback or streamed images allow, or a checkpoint that does not fit; `Diverged` if the loss is not finite after an epoch (the epoch's metrics are written first), or was not where the run is to go on.
     """
     start, scale = time.perf_counter(), Scale(*data.moments()) if scale is None else scale
     _check_fit(net, data, scale, epochs, batch_size, label_smoothing, diagnose_examples, statistics_examples)
+    _check_seed(seed)
     batch_size = int(batch_size)
     if resume and folder is None: raise InputError("resume=True needs folder=..., the folder of the run to go on from.")
     if folder is not None and not resume and (Path(folder) / "checkpoint.eqx").exists(): raise InputError(f"{folder} holds a run; use resume=True to go on with it, or another folder.")
@@ -374,7 +378,7 @@ def _diagnosis(net, rule, x, y):
     return _floats(diagnose(net, rule, x, y)._asdict())
 
 def _write_metrics(path, metrics):
-    with replacing(path) as part: part.write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    with _replacing(path) as part: part.write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
 # %% ../nbs/08_training.ipynb 34
 def read_metrics(

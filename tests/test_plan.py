@@ -202,8 +202,10 @@ def shapes_of(network, energy, joint, measured, dataset):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_its_network(name):
-    (channels, directions), first = (3, 32), built(RECIPES[name], "pc")[0]
-    assert first == (*images(RECIPES[name].dataset).image_shape[:2], directions if getattr(RECIPES[name].network, "whiten", False) else channels if name[:3] in ("cif", "tin") else 1)
+    "On 16 directions of whitened patches and their negatives, or the colours there are."
+    recipe = RECIPES[name]
+    *size, colours = images(recipe.dataset).image_shape
+    assert built(recipe, "pc")[0] == (*size, 32 if getattr(recipe.network, "whiten", False) else colours)
 
 
 def test_a_refused_run_does_not_stop_the_others(capsys):

@@ -408,6 +408,7 @@ def test_bad_input_is_refused_before_any_work(data, tmp_path):
     with pytest.raises(InputError, match=r"output has shape \(4,\)"): call(mlp((2, 2, 1), 4, depth=1, key=jax.random.key(0)))
     with pytest.raises(InputError, match="does not exist"): call(folder=tmp_path, resume=True)
     with pytest.raises(InputError, match="folder"): call(resume=True)  # from where?
+    with pytest.raises(InputError, match="seed is 4294967296; expected a number from 0"): call(seed=2**32)
     with pytest.raises(InputError, match="diagnose_examples is -1"): call(diagnose_examples=-1)
     with pytest.raises(InputError, match="batch_size is 5.0"): call(batch_size=5.0)
     for how in (dict(resume=True), dict(steps_per_call=0)):
